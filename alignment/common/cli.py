@@ -1,0 +1,92 @@
+"""How every script of the pipeline reads its flags and fails: one clear line, exit code 2, no stack trace.
+
+Usage in a script::
+
+    def main() -> None:
+        args = parser().parse_args()
+        ...
+
+    if __name__ == "__main__":
+        run(main)
+"""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+# Nothing the pipeline starts reports home; a user's own setting wins.
+for _name in ("HF_HUB_DISABLE_TELEMETRY", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK"):
+    os.environ.setdefault(_name, "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+class UserError(Exception):
+    """A wrong input. Its text is one line that says what is wrong and where."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` whose errors are one line and whose help shows each default."""
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def add(self, flag: str, text: str, **options) -> None:
+        """Adds a flag; its help is `text` followed by the default, where there is one."""
+        default = options.get("default")
+        if default is not None and default is not False:
+            text += f" (default: {default})"
+        self.add_argument(flag, help=text.replace("%", "%%"), **options)
+
+    def error(self, message: str) -> None:
+        fail(message, self.prog)
+
+
+def fail(message: str, program: str | None = None) -> None:
+    """Prints one line on standard error and exits with code 2."""
+    line = " ".join(str(message).split())
+    print(f"{program or os.path.basename(sys.argv[0])}: error: {line}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a script's `main`: a `UserError` becomes one line and exit code 2, Ctrl-C and SIGTERM exit code 130."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        main()
+    except UserError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        print("\nstopped; the same command continues from here", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def checked(kind: Callable, test: Callable[[float], bool], wanted: str) -> Callable:
+    """An argparse type: `kind(text)` if it passes `test`, else an error that says what is wanted."""
+
+    def convert(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not test(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+
+    return convert
+
+
+positive_int = checked(int, lambda v: v > 0, "a whole number above 0")
+natural = checked(int, lambda v: v >= 0, "a whole number, 0 or more")
+positive = checked(float, lambda v: 0 < v < float("inf"), "a number above 0")
+non_negative = checked(float, lambda v: 0 <= v < float("inf"), "a number, 0 or more")
+fraction = checked(float, lambda v: 0 <= v < 1, "a number from 0 up to (not including) 1")

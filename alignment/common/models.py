@@ -1,0 +1,128 @@
+"""Loading models and tokenizers, and the two places where special tokens are put: the same for every stage."""
+
+import os
+from pathlib import Path
+
+from common.cli import UserError
+
+
+def check_model(name: str, what: str) -> None:
+    """Raises `UserError` if `name` looks like a local folder and is not a model that can be loaded safely."""
+    path = Path(name)
+    if not path.is_dir():
+        # "owner/name" may be a hub's; anything else can only be a path.
+        if (
+            path.is_absolute()
+            or name.startswith(".")
+            or name.count("/") != 1
+            or os.environ.get("HF_HUB_OFFLINE") == "1"
+        ):
+            raise UserError(f"{what} {name}: no such folder")
+        return
+    if not (path / "config.json").is_file():
+        raise UserError(f"{what} {name}: no config.json, so not a model folder")
+    if not any(path.glob("*.safetensors")):
+        raise UserError(
+            f"{what} {name}: no *.safetensors weights (pickled weights are not loaded: they can run code)"
+        )
+
+
+def load_config(name: str, what: str, trust_remote_code: bool = False):
+    """The model's configuration. Raises `UserError` where it cannot be had."""
+    from transformers import AutoConfig
+
+    check_model(name, what)
+    return _load(AutoConfig, name, what, trust_remote_code=trust_remote_code)
+
+
+def load_tokenizer(name: str, what: str, trust_remote_code: bool = False):
+    """The model's tokenizer, with left padding and a pad token (EOS where it has none of its own)."""
+    from transformers import AutoTokenizer
+
+    check_model(name, what)
+    tokenizer = _load(AutoTokenizer, name, what, trust_remote_code=trust_remote_code)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def load_causal_lm(name: str, what: str, dtype: str, trust_remote_code: bool = False, **options):
+    """A causal language model in evaluation mode, from safetensors only; `dtype` is float32 or bfloat16."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    check_model(name, what)
+    options = {"dtype": getattr(torch, dtype), "use_safetensors": True, **options}
+    return _load(AutoModelForCausalLM, name, what, trust_remote_code=trust_remote_code, **options).eval()
+
+
+def _load(kind, name: str, what: str, **options):
+    try:
+        return kind.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise UserError(f"{what} {name}: cannot be loaded ({first_line})") from None
+
+
+def default_device() -> str:
+    """`cuda` where a GPU can be used, else `cpu`."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def default_dtype() -> str:
+    """bfloat16 on a GPU; float32 elsewhere, where it is exact and not slower."""
+    return "bfloat16" if default_device() == "cuda" else "float32"
+
+
+def encode_prompt(tokenizer, text: str) -> list[int]:
+    """Token ids of a templated prompt: the tokenizer's default special tokens, BOS at most once, no EOS added.
+
+    A template that already holds BOS is not given a second one, and a tokenizer that ends every text with EOS is
+    not allowed to end the prompt with it.
+    """
+    ids = list(tokenizer(text)["input_ids"])
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if bos is not None and ids[:2] == [bos, bos]:
+        ids = ids[1:]
+    if eos is not None and ids[-1:] == [eos] and not text.rstrip().endswith(tokenizer.eos_token):
+        ids = ids[:-1]
+    return ids
+
+
+def encode_response(tokenizer, text: str, ended: bool) -> list[int]:
+    """Token ids of a response: no special tokens but EOS, and that only where the response really `ended`."""
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return ids + [tokenizer.eos_token_id] if ended else ids
+
+
+def stop_token_ids(tokenizer, model_name: str) -> list[int]:
+    """Tokens that end a response: the tokenizer's EOS and those of the model's generation settings, sorted."""
+    from transformers import GenerationConfig
+
+    ids = {tokenizer.eos_token_id}
+    try:
+        listed = GenerationConfig.from_pretrained(model_name).eos_token_id
+    except OSError:  # a model without a generation_config.json stops at EOS alone
+        listed = None
+    ids |= set(listed if isinstance(listed, list) else [listed])
+    return sorted(i for i in ids if i is not None)
+
+
+def context_length(config) -> int | None:
+    """How many tokens (prompt + response) the model can read, or None where the configuration does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_same_vocabulary(policy_tokenizer, reference_tokenizer) -> None:
+    """Raises `UserError` unless both tokenizers give every token the same id: logits are mixed id by id."""
+    policy, reference = policy_tokenizer.get_vocab(), reference_tokenizer.get_vocab()
+    if policy == reference:
+        return
+    token = min(set(policy.items()) ^ set(reference.items()))[0]
+    raise UserError(
+        f"policy and reference have different vocabularies ({len(policy)} and {len(reference)} tokens): "
+        f"token {token!r} is {policy.get(token)} in one and {reference.get(token)} in the other"
+    )

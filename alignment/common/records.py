@@ -1,0 +1,232 @@
+"""The data files that the stages hand on, and how a stage writes one without ever losing or faking work.
+
+A file is the RLHFlow form plus the settings that made it::
+
+    {"type": "text_only",
+     "settings": {"generate": {...}, "annotate": {...}},
+     "instances": [{"prompt": str, "responses": [K], "rewards": [K], "pairs": [K], "stop_reasons": [K], ...}]}
+
+A stage is done when its final file exists. Until then finished rows go to a journal beside it (one JSON object a
+line), from which a second run of the same command continues.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from common.cli import UserError
+
+PER_RESPONSE = ("responses", "rewards", "pairs", "stop_reasons", "num_tokens")
+
+
+def read_json(path: str | Path) -> object:
+    """The JSON value in `path`. Raises `UserError` that names the file and, for bad JSON, the line."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder, not a file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: line {error.lineno}: not JSON ({error.msg})") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+
+
+def read_records(path: str | Path, need: tuple[str, ...] = ("responses",)) -> tuple[list[dict], dict]:
+    """Instances and settings of a data file.
+
+    Args:
+        path: the file.
+        need: which per-response lists every instance must carry.
+
+    Returns:
+        (instances, settings); settings is {} for a file that another program wrote.
+
+    Raises:
+        UserError: naming the file, row and field that is wrong.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict) or not isinstance(content.get("instances"), list):
+        raise UserError(f"{path}: not a data file: no list 'instances'")
+    if not content["instances"]:
+        raise UserError(f"{path}: 'instances' is empty")
+    for row, instance in enumerate(content["instances"]):
+        _check_instance(f"{path}: row {row}", instance, need)
+    settings = content.get("settings", {})
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: 'settings' is not an object")
+    return content["instances"], settings
+
+
+def _check_instance(where: str, instance: object, need: tuple[str, ...]) -> None:
+    if not isinstance(instance, dict):
+        raise UserError(f"{where}: not an object")
+    if not isinstance(instance.get("prompt"), str):
+        raise UserError(f"{where}: 'prompt' is not text")
+    for field in need:
+        if field not in instance:
+            raise UserError(f"{where}: no '{field}'")
+    responses = instance.get("responses", [])
+    for field in PER_RESPONSE:
+        values = instance.get(field)
+        if values is None and field not in need:
+            continue
+        if not isinstance(values, list) or len(values) != len(responses) or not values:
+            raise UserError(f"{where}: '{field}' is not a list with one entry a response")
+        kind = {"responses": str, "stop_reasons": str, "rewards": (int, float)}.get(field, int)
+        if not all(isinstance(v, kind) and not isinstance(v, bool) for v in values):
+            raise UserError(f"{where}: '{field}' holds a value of the wrong type")
+        if field == "rewards" and not all(abs(v) < float("inf") for v in values):
+            raise UserError(f"{where}: 'rewards' holds a value that is not finite")
+
+
+def write_atomic(path: str | Path, text: str) -> None:
+    """Writes `text` beside `path`, flushes it to disk, renames it: readers see the old file or the whole new one."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """Writes `value` as indented JSON, atomically."""
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_records(path: str | Path, instances: list[dict], settings: dict) -> None:
+    """Writes a data file atomically: one instance a line, so that `diff` and `head` are of use."""
+    rows = ",\n".join(json.dumps(instance, ensure_ascii=False, allow_nan=False) for instance in instances)
+    head = (
+        f'{{"type": "text_only",\n"settings": {json.dumps(settings, ensure_ascii=False)},\n"instances": [\n'
+    )
+    write_atomic(path, head + rows + "\n]}\n")
+
+
+def sha256(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_done(path: str | Path, stage: str, settings: dict) -> bool:
+    """Whether `path` already holds this stage's result; if so, a journal that a kill left behind is removed.
+
+    Raises:
+        UserError: a file is there, but made with other settings; the text names the first difference.
+    """
+    path = Path(path)
+    if not path.exists():
+        return False
+    stored = read_json(path)
+    stored = stored.get("settings", {}).get(stage) if isinstance(stored, dict) else None
+    refuse_other_settings(path, stored, settings)
+    journal_path(path).unlink(missing_ok=True)
+    return True
+
+
+def refuse_other_settings(path: str | Path, stored: object, settings: dict) -> None:
+    """Raises `UserError` if `stored` (what made `path`) is not `settings` (what is asked for now)."""
+    if not isinstance(stored, dict):
+        raise UserError(
+            f"{path}: exists, but this stage did not write it; move it away or name another output"
+        )
+    for key in {**stored, **settings}:
+        if stored.get(key) != settings.get(key):
+            raise UserError(
+                f"{path}: exists, made with {key}={stored.get(key)!r}, now {key}={settings.get(key)!r}; "
+                "move it away or name another output"
+            )
+
+
+def journal_path(path: str | Path) -> Path:
+    """Where the unfinished rows of `path` are kept."""
+    return Path(str(path) + ".journal")
+
+
+class Journal:
+    """Finished rows of an unfinished stage, one JSON object a line beside the final file.
+
+    The first line holds the settings; a torn last line (the process was killed while writing) is dropped. A lock
+    on the journal makes a second process that works on the same output stop at once.
+
+    Args:
+        path: the final file; the journal is `path` + ".journal".
+        settings: must equal those of an earlier, unfinished run.
+
+    Attributes:
+        rows: key → row, what earlier runs had finished.
+
+    Raises:
+        UserError: another process holds the journal, its settings differ, or the folder cannot be written.
+    """
+
+    def __init__(self, path: str | Path, settings: dict) -> None:
+        self.path = journal_path(path)
+        self.rows: dict[str, dict] = {}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.path, "a+b")  # noqa: SIM115 (closed by close())
+        except OSError as error:
+            raise UserError(f"{error.filename or self.path}: cannot write ({error.strerror})") from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.path}: another process is writing {Path(path).name}") from None
+        self._load(settings)
+
+    def _load(self, settings: dict) -> None:
+        self._file.seek(0)
+        good = 0
+        lines = []
+        for line in self._file:
+            if not line.endswith(b"\n"):
+                break
+            good += len(line)
+            lines.append(line)
+        self._file.truncate(good)
+        try:
+            entries = [json.loads(line) for line in lines]
+        except ValueError:
+            raise UserError(f"{self.path}: damaged; remove it to start this stage again") from None
+        if not entries:
+            self._append(settings)
+            return
+        refuse_other_settings(self.path, entries[0], settings)
+        self.rows = {entry["key"]: entry["row"] for entry in entries[1:]}
+
+    def _append(self, entry: dict) -> None:
+        self._file.write(json.dumps(entry, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+
+    def add(self, key: str, row: dict) -> None:
+        """Records a finished row; it survives a kill of this process from here on."""
+        self._append({"key": key, "row": row})
+        self.rows[key] = row
+
+    def close(self, done: bool) -> None:
+        """Ends the stage; with `done` (the final file is in place) the journal is removed."""
+        if done:
+            self.path.unlink()
+        self._file.close()
+
+
+@contextlib.contextmanager
+def journal(path: str | Path, settings: dict) -> Iterator[Journal]:
+    """A `Journal` that is removed when the block ends without an exception, and kept otherwise."""
+    opened = Journal(path, settings)
+    try:
+        yield opened
+    except BaseException:
+        opened.close(done=False)
+        raise
+    opened.close(done=True)
