@@ -57,6 +57,37 @@ def load_causal_lm(name: str, what: str, dtype: str, trust_remote_code: bool = F
     return _load(AutoModelForCausalLM, name, what, trust_remote_code=trust_remote_code, **options).eval()
 
 
+def load_reward_model(
+    name: str, dtype: str, trust_remote_code: bool = False, needs_head: bool = True, **options
+):
+    """A sequence classifier in evaluation mode, from safetensors only.
+
+    Raises:
+        UserError: it cannot be loaded, or (with `needs_head`) its weights are not all there. transformers would fill
+            a missing head with random numbers and score with them.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging
+
+    check_model(name, "reward model")
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # its table of missing weights; they are an error here
+    options = {
+        "dtype": getattr(torch, dtype),
+        "use_safetensors": True,
+        "output_loading_info": True,
+        **options,
+    }
+    options["trust_remote_code"] = trust_remote_code
+    model, info = _load(AutoModelForSequenceClassification, name, "reward model", **options)
+    if needs_head and info["missing_keys"]:
+        raise UserError(
+            f"reward model {name}: has no trained weights for {', '.join(sorted(info['missing_keys']))}"
+        )
+    return model.eval()
+
+
 def _load(kind, name: str, what: str, **options):
     try:
         return kind.from_pretrained(name, **options)

@@ -1,0 +1,157 @@
+"""Scores of texts under a sequence-classification reward model, in batches that do not change the scores."""
+
+import itertools
+from collections.abc import Collection, Iterator
+
+import torch
+
+from annotate_data.texts import encode
+from common.cli import UserError
+from common.models import context_length, default_device, load_reward_model, load_tokenizer
+
+# Texts are sorted by length inside a window: long enough to batch well, short enough to hold in memory.
+WINDOW = 4096
+
+
+class RewardScorer:
+    """A reward model that scores texts.
+
+    Args:
+        name: a folder or hub name of an `AutoModelForSequenceClassification`.
+        column: which label is the reward; may be None where there is only one.
+        max_length: tokens kept of a text; None = what the tokenizer or the model allows.
+        token_budget: most tokens, padding included, in one forward pass.
+        dtype: float32 or bfloat16.
+        trust_remote_code: whether the model may bring its own Python code.
+
+    Attributes:
+        cut: how many of the texts scored so far were longer than `max_length`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        column: int | None = None,
+        max_length: int | None = None,
+        token_budget: int = 16384,
+        dtype: str = "float32",
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.tokenizer = load_tokenizer(name, "reward model", trust_remote_code)
+        self.model = load_reward_model(name, dtype, trust_remote_code).to(default_device())
+        self.column = _checked_column(name, self.model.config.num_labels, column)
+        self.max_length = _length_limit(self.tokenizer, self.model.config, max_length)
+        self.token_budget = token_budget
+        self.cut = 0
+        self.padding_is_safe = self._padding_is_safe(dtype)
+
+    def score(self, texts: list[str]) -> list[float]:
+        """One score a text, in order."""
+        scores = dict(self.stream(texts))
+        return [scores[i] for i in range(len(texts))]
+
+    def stream(self, texts: list[str], skip: Collection[int] = frozenset()) -> Iterator[tuple[int, float]]:
+        """Yields (index, score) as batches finish, longest text of a window first.
+
+        Batches do not depend on `skip` (indices that need no score): a continued run computes the same numbers.
+        """
+        for start in range(0, len(texts), WINDOW):
+            tokens, cut = encode(self.tokenizer, texts[start : start + WINDOW], self.max_length)
+            self.cut += sum(cut)
+            waiting = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
+            while waiting:
+                batch = self._next_batch([tokens[i] for i in waiting])
+                indices = [start + i for i in waiting[: len(batch)]]
+                if not all(i in skip for i in indices):
+                    scores = self._try_forward(batch)
+                    if scores is None:
+                        continue
+                    yield from (pair for pair in zip(indices, scores, strict=True) if pair[0] not in skip)
+                waiting = waiting[len(batch) :]
+
+    def _next_batch(self, longest_first: list[list[int]]) -> list[list[int]]:
+        longest = len(longest_first[0])
+        batch = longest_first[: max(1, self.token_budget // max(1, longest))]
+        if self.padding_is_safe:
+            return batch
+        return list(itertools.takewhile(lambda row: len(row) == longest, batch))
+
+    def _try_forward(self, batch: list[list[int]]) -> list[float] | None:
+        """The batch's scores, or None after memory ran out and the token budget was halved."""
+        try:
+            return self.forward(batch)
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise UserError(
+                    f"a text of {len(batch[0])} tokens alone does not fit in the GPU's memory; use a smaller "
+                    "--max_length, or --dtype bfloat16"
+                ) from None
+        # Halve what was really used: the budget may be far above it.
+        self.token_budget = min(self.token_budget, len(batch) * len(batch[0])) // 2
+        torch.cuda.empty_cache()
+        print(f"\nout of GPU memory: going on with batches of {self.token_budget} tokens", flush=True)
+        return None
+
+    @torch.inference_mode()
+    def forward(self, batch: list[list[int]]) -> list[float]:
+        """Scores of one batch of token lists."""
+        inputs = pad_right(batch, self.model.config)
+        if inputs is None:  # every id of the vocabulary occurs, so nothing is left to pad with
+            return [score for row in batch for score in self.forward([row])]
+        inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+        return self.model(**inputs).logits[:, self.column].float().tolist()
+
+    def _padding_is_safe(self, dtype: str) -> bool:
+        """Whether a text padded to a longer one keeps its score; a model's own code may not promise that."""
+        texts = ["A short text.", "A text that is longer, so that the short one needs padding beside it."]
+        rows, _ = encode(self.tokenizer, texts, self.max_length)
+        together, alone = self.forward(rows)[0], self.forward(rows[:1])[0]
+        tolerance = 1e-3 if dtype == "float32" else 0.1 * (1 + abs(alone))
+        # NaN scores are reported with their row later.
+        if not abs(together - alone) > tolerance:
+            return True
+        print(
+            f"padding changes this model's scores ({alone:.4f} to {together:.4f}): batching equal lengths only"
+        )
+        return False
+
+
+def pad_right(rows: list[list[int]], config) -> dict[str, torch.Tensor] | None:
+    """Pads token lists on the right, in such a way that the score is read at each text's last token.
+
+    Decoder models with a head look for the last id that is not `config.pad_token_id`. Where that id is EOS, or
+    occurs in a text for another reason, they score an earlier token without a word. So pad with an id that occurs
+    in none of the rows, and tell the model so; the attention mask hides what the padding holds.
+
+    Returns:
+        {input_ids [B, T], attention_mask [B, T]}, or None if several rows together use every id.
+    """
+    text_config = config.get_text_config()
+    used = set(itertools.chain.from_iterable(rows)) | {text_config.eos_token_id}
+    candidates = itertools.chain([text_config.pad_token_id], range(text_config.vocab_size))
+    pad = next((i for i in candidates if i is not None and i not in used), None)
+    if pad is None and len(rows) > 1:
+        return None
+    config.pad_token_id = text_config.pad_token_id = pad
+    longest = max(map(len, rows))
+    return {
+        "input_ids": torch.tensor([row + [pad] * (longest - len(row)) for row in rows]),
+        "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
+    }
+
+
+def _checked_column(name: str, labels: int, column: int | None) -> int:
+    if column is None and labels > 1:
+        raise UserError(
+            f"reward model {name}: has {labels} labels; choose one with --reward_column 0 … {labels - 1}"
+        )
+    if column is not None and column >= labels:
+        raise UserError(f"reward model {name}: --reward_column {column}, but it has {labels} label(s)")
+    return column or 0
+
+
+def _length_limit(tokenizer, config, max_length: int | None) -> int | None:
+    """The given length, else the tokenizer's (a huge number there means "unknown"), else the model's context."""
+    if max_length:
+        return max_length
+    return tokenizer.model_max_length if tokenizer.model_max_length < 10**9 else context_length(config)
