@@ -31,7 +31,9 @@ class TwoModels(nn.Module):
         )
         self.reference = init_vllm_registered_model(
             vllm_config,
-            hf_config=get_config(config.mixture_reference, trust_remote_code=vllm_config.model_config.trust_remote_code),
+            hf_config=get_config(
+                config.mixture_reference, trust_remote_code=vllm_config.model_config.trust_remote_code
+            ),
             prefix=maybe_prefix(prefix, "reference"),
         )
         self._compile_only_as_a_whole()
@@ -61,7 +63,9 @@ class LogitMixtureForCausalLM(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
-            raise ValueError("the logit mixture does not support pipeline parallelism; use tensor parallelism")
+            raise ValueError(
+                "the logit mixture does not support pipeline parallelism; use tensor parallelism"
+            )
         if vllm_config.speculative_config is not None:
             raise ValueError("the logit mixture does not support speculative decoding")
         self.models = TwoModels(vllm_config=vllm_config, prefix=prefix)

@@ -9,11 +9,13 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 KEY = "mixture"
-_of_engine: dict[int, "BatchWeights"] = {}  # by the id of the engine's configuration, for as long as that lives
+_of_engine: dict[
+    int, "BatchWeights"
+] = {}  # by the id of the engine's configuration, for as long as that lives
 
 
 class BatchWeights:
-    """One row (w_policy, w_reference) a batch slot, float32 [slots, 2]; a slot without a request samples the policy."""
+    """One row (w_policy, w_reference) a batch slot, float32 [slots, 2]; a free slot has the policy alone."""
 
     def __init__(self, slots: int, device: torch.device) -> None:
         self.rows = torch.tensor([1.0, 0.0]).repeat(slots, 1)
@@ -42,7 +44,9 @@ def mixture_of(params: SamplingParams) -> tuple[float, float]:
     except (TypeError, ValueError):
         policy = reference = math.nan
     if not (math.isfinite(policy) and math.isfinite(reference)):
-        raise ValueError(f"SamplingParams.extra_args[{KEY!r}] must be [w_policy, w_reference], not {weights!r}")
+        raise ValueError(
+            f"SamplingParams.extra_args[{KEY!r}] must be [w_policy, w_reference], not {weights!r}"
+        )
     return policy, reference
 
 
@@ -65,7 +69,9 @@ class MixtureWeights(LogitsProcessor):
     def validate_params(cls, sampling_params: SamplingParams) -> None:
         mixture_of(sampling_params)
         if sampling_params.prompt_logprobs is not None:
-            raise ValueError("prompt_logprobs: not supported by the logit mixture (its weights belong to batch slots)")
+            raise ValueError(
+                "prompt_logprobs: not supported by the logit mixture (its weights belong to batch slots)"
+            )
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         self.weights = batch_weights(vllm_config, device)

@@ -1,0 +1,108 @@
+"""Generation with transformers: policy and reference run in step, each with its KV cache.
+
+Slower than vLLM and simple enough to be read in a minute: the oracle in the tests, and the way where vLLM is absent.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from common.models import default_device, load_causal_lm
+from generation.interface import Request, Response, Sampling
+
+
+class HFGenerator:
+    """Samples responses with one or two transformers models.
+
+    Args:
+        policy, reference: model folders or names; None for one that no request needs.
+        dtype: float32 or bfloat16.
+        max_num_seqs: how many responses are sampled at a time.
+        trust_remote_code: run code that comes with the model.
+    """
+
+    def __init__(
+        self,
+        policy: str | None,
+        reference: str | None,
+        dtype: str,
+        max_num_seqs: int = 20,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.device = default_device()
+        self.models = [
+            name and load_causal_lm(name, what, dtype, trust_remote_code).to(self.device)
+            for name, what in ((policy, "policy"), (reference, "reference"))
+        ]
+        self.batch_size = max_num_seqs
+
+    def generate(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Response]:
+        """Yields the responses of one batch after the other."""
+        waiting = iter(requests)
+        while batch := list(itertools.islice(waiting, self.batch_size)):
+            yield from self._generate_batch(batch, sampling)
+
+    @torch.inference_mode()
+    def _generate_batch(self, batch: list[Request], sampling: Sampling) -> list[Response]:
+        ids, mask = left_pad([request.prompt_ids for request in batch], self.device)
+        weights = torch.tensor([request.weights for request in batch], device=self.device)
+        generators = [torch.Generator(self.device).manual_seed(request.seed) for request in batch]
+        caches = [None, None]
+        sampled: list[list[int]] = [[] for _ in batch]
+        stopped = [False] * len(batch)
+        stop = set(sampling.stop_token_ids)
+        for _ in range(sampling.max_new_tokens):
+            logits = self._mixed_logits(ids, mask, weights, caches)
+            tokens = sample(logits, sampling.temperature, generators)
+            for row, token in enumerate(tokens.tolist()):
+                if not stopped[row]:
+                    stopped[row] = token in stop
+                    sampled[row] += [] if stopped[row] else [token]
+            if all(stopped):
+                break
+            ids = tokens[:, None]
+            mask = torch.cat([mask, mask.new_ones(len(batch), 1)], dim=1)
+        reasons = ["stop" if ended else "length" for ended in stopped]
+        return [Response(request.key, *rest) for request, *rest in zip(batch, sampled, reasons, strict=True)]
+
+    def _mixed_logits(
+        self, ids: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor, caches: list
+    ) -> torch.Tensor:
+        """Weighted sum of the models' logits for the next token, float32 [batch, vocabulary]; updates `caches`."""
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        total = 0
+        for side, model in enumerate(self.models):
+            if model is None:
+                continue
+            output = model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=caches[side],
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            caches[side] = output.past_key_values
+            total = total + weights[:, side, None] * output.logits[:, -1].float()
+        return total
+
+
+def left_pad(sequences: list[list[int]], device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, both [batch, longest]; the pad id is 0, which the mask hides."""
+    longest = max(map(len, sequences))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in sequences], device=device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in sequences], device=device)
+    return ids, mask
+
+
+def sample(logits: torch.Tensor, temperature: float, generators: list[torch.Generator]) -> torch.Tensor:
+    """One token a row from softmax(logits / temperature), each row with its own generator; argmax at temperature 0.
+
+    Dividing the probabilities by exponential noise and taking the largest is a draw from them (Gumbel-max).
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probabilities = (logits / temperature).softmax(dim=-1)
+    noise = torch.stack([torch.empty_like(probabilities[0]).exponential_(generator=g) for g in generators])
+    return (probabilities / noise).argmax(dim=-1)

@@ -1,0 +1,120 @@
+"""Generation with vLLM: one engine, one continuous batch, for any mix of policy, reference and their mixtures."""
+
+import os
+from collections.abc import Iterable, Iterator
+
+from common.models import default_device, load_config
+from generation.interface import Request, Response, Sampling
+
+
+class VLLMGenerator:
+    """Samples responses with one vLLM engine.
+
+    Args:
+        policy, reference: model folders or names; give None for the one that no request needs, and the engine
+            holds a single model. With both, it is the logit mixture of the plugin.
+        dtype: float32 or bfloat16.
+        max_length: longest prompt + response, in tokens.
+        max_num_seqs: how many responses are sampled at a time.
+        tensor_parallel_size: over how many GPUs each layer is split.
+        gpu_memory_utilization: share of a GPU's memory that the engine may take.
+        trust_remote_code: run code that comes with the model.
+        engine_options: anything else for `vllm.LLM`.
+    """
+
+    def __init__(
+        self,
+        policy: str | None,
+        reference: str | None,
+        dtype: str,
+        max_length: int,
+        max_num_seqs: int = 64,
+        tensor_parallel_size: int = 1,
+        gpu_memory_utilization: float = 0.9,
+        trust_remote_code: bool = False,
+        **engine_options,
+    ) -> None:
+        self.mixes = policy is not None and reference is not None
+        _set_environment(tensor_parallel_size, self.mixes)
+        from vllm import LLM
+
+        options = {"model": policy or reference}
+        if self.mixes:
+            from vllm_logit_mixture import engine_options as mixture_options
+
+            architectures = load_config(policy, "policy", trust_remote_code).architectures
+            options = mixture_options(policy, reference, architectures)
+        self.llm = LLM(
+            **options,
+            dtype=dtype,
+            max_model_len=max_length,
+            max_num_seqs=max_num_seqs,
+            tensor_parallel_size=tensor_parallel_size,
+            gpu_memory_utilization=gpu_memory_utilization,
+            trust_remote_code=trust_remote_code,
+            load_format="safetensors",
+            # The pipeline puts end tokens itself (`Sampling`), the same for both back ends.
+            generation_config="vllm",
+            enforce_eager=engine_options.pop("enforce_eager", default_device() == "cpu"),
+            **engine_options,
+        )
+        self.window = 4 * max_num_seqs
+
+    def generate(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Response]:
+        """Yields responses as they finish, in no particular order; reads `requests` only as fast as it samples."""
+        engine = self.llm.llm_engine
+        in_flight = 0
+        waiting = iter(requests)
+        while True:
+            while in_flight < self.window and (request := next(waiting, None)) is not None:
+                self._add(request, sampling)
+                in_flight += 1
+            if not in_flight:
+                return
+            for output in engine.step():
+                if output.finished:
+                    in_flight -= 1
+                    yield _as_response(output, sampling)
+
+    def _add(self, request: Request, sampling: Sampling) -> None:
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            temperature=sampling.temperature,
+            max_tokens=sampling.max_new_tokens,
+            stop_token_ids=sampling.stop_token_ids,
+            seed=request.seed,
+            detokenize=False,
+            extra_args={"mixture": list(request.weights)} if self.mixes else None,
+        )
+        engine = self.llm.llm_engine
+        [prompt] = engine.renderer.render_cmpl([{"prompt_token_ids": request.prompt_ids}])
+        engine.add_request(request.key, prompt, params)
+
+
+def _as_response(output, sampling: Sampling) -> Response:
+    ids = list(output.outputs[0].token_ids)
+    if ids and ids[-1] in sampling.stop_token_ids:
+        return Response(output.request_id, ids[:-1], "stop")
+    return Response(output.request_id, ids, "length")
+
+
+def _set_environment(tensor_parallel_size: int, mixes: bool) -> None:
+    """What vLLM reads from the environment when it is imported; a user's own setting wins."""
+    defaults = {}
+    if mixes:
+        # Where Triton is present vLLM would take its second model runner, which refuses the interface through which
+        # the plugin follows batch slots.
+        defaults["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    if default_device() == "cpu":
+        defaults |= {
+            "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # its own binding leaves cores idle
+            "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // tensor_parallel_size)),
+        }
+        if tensor_parallel_size == 1:
+            defaults["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if os.environ.get("VLLM_LOGGING_LEVEL") is None:
+        defaults["VLLM_LOGGING_LEVEL"] = "WARNING"
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)

@@ -1,0 +1,242 @@
+"""Samples K responses for every prompt, each from the distribution that the sampler's table gives it.
+
+Reads   a policy, a reference, prompts (JSON, JSONL, a folder saved by `datasets`, or a name on a hub).
+Writes  OUT.json: prompts, responses, which pair of the sampler each came from, why it stopped, all settings.
+        Until that is complete, OUT.json.journal: the same command continues from it.
+
+    python alignment/generation/generate.py --model_name_or_path P --ref_model_name_or_path R \\
+        --dataset_name_or_path prompts.jsonl --sampler mixp --K 2 --temperature 0.7 \\
+        --max_new_tokens 128 --max_input_length 128 --output_file OUT.json
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.cli import Parser, UserError, fraction, natural, non_negative, positive, positive_int, run
+from common.models import (
+    check_same_vocabulary,
+    context_length,
+    default_dtype,
+    load_config,
+    load_tokenizer,
+    stop_token_ids,
+)
+from common.records import is_done, journal, sha256, write_records
+from generation.interface import Request, Sampling, stream_seed
+from generation.prompts import TEMPLATES, Prompt, load_prompts
+from generation.samplers import (
+    SAMPLERS,
+    Sampler,
+    as_settings,
+    assign_rows,
+    check_count,
+    family,
+    models_needed,
+    sampler_by_name,
+    sampler_from_json,
+)
+
+
+def parser() -> Parser:
+    p = Parser(__doc__)
+    p.add("--model_name_or_path", "the policy: folder or hub name", required=True)
+    p.add("--ref_model_name_or_path", "the reference; needed by samplers that use it")
+    p.add("--dataset_name_or_path", "prompts: file(s), folder(s) or hub name(s)", nargs="+", required=True)
+    p.add("--dataset_split", "split of a data set", default="train")
+    p.add("--dataset_key", "field that holds the prompt (default: prompt, messages or context_messages)")
+    p.add("--template", "what is put around the prompt", choices=sorted(TEMPLATES), default="none")
+    p.add("--max_prompt_characters", "leave out templated prompts with more characters", type=positive_int)
+    p.add("--start", "first prompt, counted after the filters", type=natural, default=0)
+    p.add("--end", "prompt to stop before (default: all)", type=positive_int)
+    which = p.add_mutually_exclusive_group()
+    which.add_argument("--sampler", help=f"a row of the table: {', '.join(SAMPLERS)} (default: online)")
+    which.add_argument("--pairs", help="a table of your own: [[p, [w_policy, w_reference], [w, w]], ...]")
+    which.add_argument(
+        "--family",
+        nargs=3,
+        type=float,
+        metavar=("a", "b", "p"),
+        help="with probability p: (1 + a, -a) against (1 - b, b); else both on-policy",
+    )
+    p.add("--beta", "KL coefficient of the DPO loss, used by the sampler pilaf", type=positive, default=0.1)
+    p.add("--K", "responses a prompt", type=positive_int, default=2)
+    p.add("--temperature", "0 = greedy", type=non_negative, default=0.7)
+    p.add("--max_new_tokens", "longest response, tokens", type=positive_int, default=128)
+    p.add("--max_input_length", "leave out prompts with more tokens", type=positive_int, default=128)
+    p.add("--seed", "of the pairs' and the responses' random streams", type=natural, default=0)
+    p.add("--output_file", "where the result goes", required=True)
+    p.add("--backend", "what samples", choices=["vllm", "hf"], default="vllm")
+    p.add("--dtype", "default: bfloat16 on a GPU, else float32", choices=["float32", "bfloat16"])
+    p.add("--max_num_seqs", "responses sampled at a time", type=positive_int, default=64)
+    p.add("--tensor_parallel_size", "GPUs that share a model (vllm)", type=positive_int, default=1)
+    p.add("--gpu_memory_utilization", "share of GPU memory for the engine (vllm)", type=fraction, default=0.9)
+    p.add("--trust_remote_code", "run code that comes with a model", action="store_true")
+    return p
+
+
+def chosen_sampler(args: argparse.Namespace) -> Sampler:
+    """The sampler that the flags name. Raises `UserError` if there is none such."""
+    if args.pairs:
+        return sampler_from_json(args.pairs)
+    if args.family:
+        a, b, p = args.family
+        if not (math.isfinite(a) and math.isfinite(b) and 0 < p <= 1):
+            raise UserError(f"--family {a} {b} {p}: a and b must be finite, and p above 0 and at most 1")
+        return family(a, b, p)
+    return sampler_by_name(args.sampler or "online", args.beta)
+
+
+def check_models(args: argparse.Namespace, policy: str | None, reference: str | None):
+    """Refuses, before any weight is loaded, models that cannot do this; returns the tokenizer."""
+    trust = args.trust_remote_code
+    longest = args.max_input_length + args.max_new_tokens
+    tokenizers = []
+    for name, what in ((policy, "policy"), (reference, "reference")):
+        if name is None:
+            continue
+        room = context_length(load_config(name, what, trust))
+        if room is not None and longest > room:
+            raise UserError(
+                f"--max_input_length {args.max_input_length} + --max_new_tokens {args.max_new_tokens} is more than "
+                f"the {room} tokens that the {what} {name} can read"
+            )
+        tokenizers.append(load_tokenizer(name, what, trust))
+    check_same_vocabulary(tokenizers[0], tokenizers[-1])
+    return tokenizers[0]
+
+
+def make_generator(args: argparse.Namespace, policy: str | None, reference: str | None):
+    """The back end, with its models loaded."""
+    shared = {
+        "dtype": args.dtype,
+        "max_num_seqs": args.max_num_seqs,
+        "trust_remote_code": args.trust_remote_code,
+    }
+    if args.backend == "hf":
+        from generation.backend_hf import HFGenerator
+
+        return HFGenerator(policy, reference, **shared)
+    from generation.backend_vllm import VLLMGenerator
+
+    return VLLMGenerator(
+        policy,
+        reference,
+        max_length=args.max_input_length + args.max_new_tokens,
+        tensor_parallel_size=args.tensor_parallel_size,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        **shared,
+    )
+
+
+def unfinished(
+    prompts: list[Prompt], start: int, sampler: Sampler, count: int, seed: int, done: dict
+) -> Iterator[Request]:
+    """The requests whose response is not in `done`; a prompt keeps its number in the data set whatever the slice."""
+    for index, prompt in enumerate(prompts, start):
+        for j, (_, weights) in enumerate(assign_rows(sampler, count, stream_seed(seed, index))):
+            key = f"{index}.{j}"
+            if key not in done:
+                yield Request(key, prompt.token_ids, weights, stream_seed(seed, index, j))
+
+
+def instances(
+    prompts: list[Prompt], start: int, sampler: Sampler, count: int, seed: int, rows: dict
+) -> list[dict]:
+    """The output's instances, in the prompts' order."""
+    result = []
+    for index, prompt in enumerate(prompts, start):
+        responses = [rows[f"{index}.{j}"] for j in range(count)]
+        result.append(
+            {
+                "prompt": prompt.text,
+                **({"raw_prompt": prompt.raw} if prompt.raw is not None else {}),
+                "responses": [r["text"] for r in responses],
+                "pairs": [row for row, _ in assign_rows(sampler, count, stream_seed(seed, index))],
+                "stop_reasons": [r["stop_reason"] for r in responses],
+                "num_tokens": [r["num_tokens"] for r in responses],
+            }
+        )
+    return result
+
+
+def settings_of(
+    args: argparse.Namespace, sampler: Sampler, policy: str | None, reference: str | None
+) -> dict:
+    """Everything that the responses depend on."""
+    kept = ("template", "max_prompt_characters", "start", "end", "K", "temperature", "max_new_tokens")
+    kept += ("max_input_length", "seed", "backend", "dtype")
+    return {
+        "policy": policy,
+        "reference": reference,
+        "dataset": {
+            name: sha256(name) if Path(name).is_file() else args.dataset_split
+            for name in args.dataset_name_or_path
+        },
+        "sampler": as_settings(sampler),
+        **{name: getattr(args, name) for name in kept},
+    }
+
+
+def sample_all(args, policy, reference, requests: Iterator[Request], total: int, tokenizer, book) -> None:
+    """Samples what is left and writes each response to the journal as it finishes, with a progress bar."""
+    from tqdm import tqdm
+
+    stop = stop_token_ids(tokenizer, policy or reference)
+    sampling = Sampling(args.temperature, args.max_new_tokens, stop)
+    generator = make_generator(args, policy, reference)
+    tokens = 0
+    with tqdm(total=total, initial=len(book.rows), unit="response", desc="generate", mininterval=1) as bar:
+        for response in generator.generate(requests, sampling):
+            text = tokenizer.decode(response.token_ids, skip_special_tokens=True)
+            row = {"text": text, "stop_reason": response.stop_reason, "num_tokens": response.num_tokens}
+            book.add(response.key, row)
+            tokens += response.num_tokens
+            bar.update()
+            bar.set_postfix_str(
+                f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s", refresh=False
+            )
+
+
+def main() -> None:
+    args = parser().parse_args()
+    sampler = chosen_sampler(args)
+    check_count(sampler, args.K)
+    needs_policy, needs_reference = models_needed(sampler)
+    if needs_reference and not args.ref_model_name_or_path:
+        raise UserError("this sampler needs --ref_model_name_or_path")
+    policy = args.model_name_or_path if needs_policy else None
+    reference = args.ref_model_name_or_path if needs_reference else None
+    args.dtype = args.dtype or default_dtype()
+    tokenizer = check_models(args, policy, reference)
+    prompts, left_out = load_prompts(
+        args.dataset_name_or_path,
+        tokenizer,
+        args.template,
+        args.max_input_length,
+        args.max_prompt_characters,
+        args.start,
+        args.end,
+        args.dataset_split,
+        args.dataset_key,
+    )
+    settings = settings_of(args, sampler, policy, reference)
+    if is_done(args.output_file, "generate", settings):
+        print(f"generate: {args.output_file} is already complete")
+        return
+    print(f"generate: {len(prompts)} prompts x {args.K} responses; {left_out} prompts left out as too long")
+    with journal(args.output_file, settings) as book:
+        common = (prompts, args.start, sampler, args.K, args.seed, book.rows)
+        total = len(prompts) * args.K
+        if len(book.rows) < total:
+            sample_all(args, policy, reference, unfinished(*common), total, tokenizer, book)
+        write_records(args.output_file, instances(*common), {"generate": settings})
+    print(f"generate: wrote {args.output_file}")
+
+
+if __name__ == "__main__":
+    run(main)
