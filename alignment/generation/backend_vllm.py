@@ -115,6 +115,6 @@ def _set_environment(tensor_parallel_size: int, mixes: bool) -> None:
         if tensor_parallel_size == 1:
             defaults["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if os.environ.get("VLLM_LOGGING_LEVEL") is None:
-        defaults["VLLM_LOGGING_LEVEL"] = "WARNING"
+        defaults["VLLM_LOGGING_LEVEL"] = "ERROR"
     for name, value in defaults.items():
         os.environ.setdefault(name, value)

@@ -12,7 +12,6 @@ Writes  OUT.json: prompts, responses, which pair of the sampler each came from, 
 import argparse
 import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -26,14 +25,14 @@ from common.models import (
     load_tokenizer,
     stop_token_ids,
 )
-from common.records import is_done, journal, sha256, write_records
-from generation.interface import Request, Sampling, stream_seed
+from common.records import Journal, is_done, journal, sha256, write_records
+from generation.interface import Sampling
+from generation.plan import Plan, instances, requests
 from generation.prompts import TEMPLATES, Prompt, load_prompts
 from generation.samplers import (
     SAMPLERS,
     Sampler,
     as_settings,
-    assign_rows,
     check_count,
     family,
     models_needed,
@@ -51,8 +50,14 @@ def parser() -> Parser:
     p.add("--dataset_key", "field that holds the prompt (default: prompt, messages or context_messages)")
     p.add("--template", "what is put around the prompt", choices=sorted(TEMPLATES), default="none")
     p.add("--max_prompt_characters", "leave out templated prompts with more characters", type=positive_int)
-    p.add("--start", "first prompt, counted after the filters", type=natural, default=0)
-    p.add("--end", "prompt to stop before (default: all)", type=positive_int)
+    p.add(
+        "--start",
+        "first prompt, counted after the filters; one a slice",
+        type=natural,
+        nargs="+",
+        default=[0],
+    )
+    p.add("--end", "prompt to stop before (default: all); one a slice", type=positive_int, nargs="+")
     which = p.add_mutually_exclusive_group()
     which.add_argument("--sampler", help=f"a row of the table: {', '.join(SAMPLERS)} (default: online)")
     which.add_argument("--pairs", help="a table of your own: [[p, [w_policy, w_reference], [w, w]], ...]")
@@ -69,7 +74,7 @@ def parser() -> Parser:
     p.add("--max_new_tokens", "longest response, tokens", type=positive_int, default=128)
     p.add("--max_input_length", "leave out prompts with more tokens", type=positive_int, default=128)
     p.add("--seed", "of the pairs' and the responses' random streams", type=natural, default=0)
-    p.add("--output_file", "where the result goes", required=True)
+    p.add("--output_file", "where the result goes; one a slice", nargs="+", required=True)
     p.add("--backend", "what samples", choices=["vllm", "hf"], default="vllm")
     p.add("--dtype", "default: bfloat16 on a GPU, else float32", choices=["float32", "bfloat16"])
     p.add("--max_num_seqs", "responses sampled at a time", type=positive_int, default=64)
@@ -89,6 +94,35 @@ def chosen_sampler(args: argparse.Namespace) -> Sampler:
             raise UserError(f"--family {a} {b} {p}: a and b must be finite, and p above 0 and at most 1")
         return family(a, b, p)
     return sampler_by_name(args.sampler or "online", args.beta)
+
+
+def chosen_models(args: argparse.Namespace, sampler: Sampler) -> tuple[str | None, str | None]:
+    """(policy, reference), None for one that the sampler does not use."""
+    needs_policy, needs_reference = models_needed(sampler)
+    if needs_reference and not args.ref_model_name_or_path:
+        raise UserError("this sampler needs --ref_model_name_or_path")
+    return (
+        args.model_name_or_path if needs_policy else None,
+        args.ref_model_name_or_path if needs_reference else None,
+    )
+
+
+def read_prompts(args: argparse.Namespace, tokenizer, start: int, end: int | None) -> list[Prompt]:
+    """The prompts of a slice; says how many were too long."""
+    prompts, left_out = load_prompts(
+        args.dataset_name_or_path,
+        tokenizer,
+        args.template,
+        args.max_input_length,
+        args.max_prompt_characters,
+        start,
+        end,
+        args.dataset_split,
+        args.dataset_key,
+    )
+    if left_out:
+        print(f"generate: {left_out} prompts left out as too long")
+    return prompts
 
 
 def check_models(args: argparse.Namespace, policy: str | None, reference: str | None):
@@ -133,65 +167,48 @@ def make_generator(args: argparse.Namespace, policy: str | None, reference: str 
     )
 
 
-def unfinished(
-    prompts: list[Prompt], start: int, sampler: Sampler, count: int, seed: int, done: dict
-) -> Iterator[Request]:
-    """The requests whose response is not in `done`; a prompt keeps its number in the data set whatever the slice."""
-    for index, prompt in enumerate(prompts, start):
-        for j, (_, weights) in enumerate(assign_rows(sampler, count, stream_seed(seed, index))):
-            key = f"{index}.{j}"
-            if key not in done:
-                yield Request(key, prompt.token_ids, weights, stream_seed(seed, index, j))
-
-
-def instances(
-    prompts: list[Prompt], start: int, sampler: Sampler, count: int, seed: int, rows: dict
-) -> list[dict]:
-    """The output's instances, in the prompts' order."""
-    result = []
-    for index, prompt in enumerate(prompts, start):
-        responses = [rows[f"{index}.{j}"] for j in range(count)]
-        result.append(
-            {
-                "prompt": prompt.text,
-                **({"raw_prompt": prompt.raw} if prompt.raw is not None else {}),
-                "responses": [r["text"] for r in responses],
-                "pairs": [row for row, _ in assign_rows(sampler, count, stream_seed(seed, index))],
-                "stop_reasons": [r["stop_reason"] for r in responses],
-                "num_tokens": [r["num_tokens"] for r in responses],
-            }
-        )
-    return result
-
-
 def settings_of(
     args: argparse.Namespace, sampler: Sampler, policy: str | None, reference: str | None
 ) -> dict:
-    """Everything that the responses depend on."""
-    kept = ("template", "max_prompt_characters", "start", "end", "K", "temperature", "max_new_tokens")
-    kept += ("max_input_length", "seed", "backend", "dtype")
+    """Everything that the responses depend on, but for the slice."""
+    kept = (
+        "template",
+        "max_prompt_characters",
+        "K",
+        "temperature",
+        "max_new_tokens",
+        "max_input_length",
+        "seed",
+    )
+    names = args.dataset_name_or_path
     return {
         "policy": policy,
         "reference": reference,
-        "dataset": {
-            name: sha256(name) if Path(name).is_file() else args.dataset_split
-            for name in args.dataset_name_or_path
-        },
+        "dataset": {name: sha256(name) if Path(name).is_file() else args.dataset_split for name in names},
         "sampler": as_settings(sampler),
-        **{name: getattr(args, name) for name in kept},
+        **{name: getattr(args, name) for name in (*kept, "backend", "dtype")},
     }
 
 
-def sample_all(args, policy, reference, requests: Iterator[Request], total: int, tokenizer, book) -> None:
-    """Samples what is left and writes each response to the journal as it finishes, with a progress bar."""
+def slices(args: argparse.Namespace) -> list[tuple[int, int | None, str]]:
+    """(start, end, output file) of each slice. Raises `UserError` unless there is one of each for every output."""
+    ends = args.end or [None]
+    if not len(args.start) == len(ends) == len(args.output_file):
+        raise UserError("--start, --end and --output_file must have the same number of values")
+    for start, end in zip(args.start, ends, strict=True):
+        if end is not None and end <= start:
+            raise UserError(f"--start {start} --end {end}: an empty slice")
+    return list(zip(args.start, ends, args.output_file, strict=True))
+
+
+def sample_slice(plan: Plan, book: Journal, generator, sampling: Sampling, tokenizer) -> None:
+    """Samples what the journal lacks and writes each response to it as it finishes, with a progress bar."""
     from tqdm import tqdm
 
-    stop = stop_token_ids(tokenizer, policy or reference)
-    sampling = Sampling(args.temperature, args.max_new_tokens, stop)
-    generator = make_generator(args, policy, reference)
+    total = len(plan.prompts) * plan.count
     tokens = 0
     with tqdm(total=total, initial=len(book.rows), unit="response", desc="generate", mininterval=1) as bar:
-        for response in generator.generate(requests, sampling):
+        for response in generator.generate(requests(plan, book.rows), sampling):
             text = tokenizer.decode(response.token_ids, skip_special_tokens=True)
             row = {"text": text, "stop_reason": response.stop_reason, "num_tokens": response.num_tokens}
             book.add(response.key, row)
@@ -206,36 +223,28 @@ def main() -> None:
     args = parser().parse_args()
     sampler = chosen_sampler(args)
     check_count(sampler, args.K)
-    needs_policy, needs_reference = models_needed(sampler)
-    if needs_reference and not args.ref_model_name_or_path:
-        raise UserError("this sampler needs --ref_model_name_or_path")
-    policy = args.model_name_or_path if needs_policy else None
-    reference = args.ref_model_name_or_path if needs_reference else None
+    policy, reference = chosen_models(args, sampler)
     args.dtype = args.dtype or default_dtype()
+    wanted = slices(args)
     tokenizer = check_models(args, policy, reference)
-    prompts, left_out = load_prompts(
-        args.dataset_name_or_path,
-        tokenizer,
-        args.template,
-        args.max_input_length,
-        args.max_prompt_characters,
-        args.start,
-        args.end,
-        args.dataset_split,
-        args.dataset_key,
-    )
     settings = settings_of(args, sampler, policy, reference)
-    if is_done(args.output_file, "generate", settings):
-        print(f"generate: {args.output_file} is already complete")
+    todo = []
+    for start, end, output in wanted:
+        own_settings = {**settings, "start": start, "end": end}
+        prompts = read_prompts(args, tokenizer, start, end)
+        if is_done(output, "generate", own_settings):
+            print(f"generate: {output} is already complete")
+        else:
+            todo.append((output, own_settings, Plan(prompts, start, sampler, args.K, args.seed)))
+    if not todo:
         return
-    print(f"generate: {len(prompts)} prompts x {args.K} responses; {left_out} prompts left out as too long")
-    with journal(args.output_file, settings) as book:
-        common = (prompts, args.start, sampler, args.K, args.seed, book.rows)
-        total = len(prompts) * args.K
-        if len(book.rows) < total:
-            sample_all(args, policy, reference, unfinished(*common), total, tokenizer, book)
-        write_records(args.output_file, instances(*common), {"generate": settings})
-    print(f"generate: wrote {args.output_file}")
+    sampling = Sampling(args.temperature, args.max_new_tokens, stop_token_ids(tokenizer, policy or reference))
+    generator = make_generator(args, policy, reference)
+    for output, own_settings, plan in todo:
+        with journal(output, own_settings) as book:
+            sample_slice(plan, book, generator, sampling, tokenizer)
+            write_records(output, instances(plan, book.rows), {"generate": own_settings})
+        print(f"generate: wrote {output} ({len(plan.prompts)} prompts x {plan.count} responses)")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,62 @@
+"""Which responses a data file needs, and how finished ones become its instances. Pure: no models, no files."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from generation.interface import Request, stream_seed
+from generation.prompts import Prompt
+from generation.samplers import Assignment, Sampler, assign_rows
+
+
+class Plan(NamedTuple):
+    """K = `count` responses for each of `prompts`.
+
+    Attributes:
+        prompts: a slice of the data set.
+        start: number of the first of them in the whole, so that a prompt has the same seeds in every slice.
+        sampler: rows of pairs.
+        count: responses a prompt.
+        seed: of the run.
+    """
+
+    prompts: list[Prompt]
+    start: int
+    sampler: Sampler
+    count: int
+    seed: int
+
+    def assignments(self, index: int) -> list[Assignment]:
+        """The distributions of the responses to prompt number `index`."""
+        return assign_rows(self.sampler, self.count, stream_seed(self.seed, index))
+
+
+def requests(plan: Plan, done: dict[str, dict]) -> Iterator[Request]:
+    """The requests whose responses are not in `done`, in the prompts' order."""
+    for index, prompt in enumerate(plan.prompts, plan.start):
+        for j, (_, weights) in enumerate(plan.assignments(index)):
+            if (key := f"{index}.{j}") not in done:
+                yield Request(key, prompt.token_ids, weights, stream_seed(plan.seed, index, j))
+
+
+def instances(plan: Plan, rows: dict[str, dict]) -> list[dict]:
+    """The data file's instances, in the prompts' order.
+
+    Args:
+        rows: request key → {"text", "stop_reason", "num_tokens"}.
+    """
+    return [
+        _instance(prompt, plan.assignments(index), [rows[f"{index}.{j}"] for j in range(plan.count)])
+        for index, prompt in enumerate(plan.prompts, plan.start)
+    ]
+
+
+def _instance(prompt: Prompt, assignments: list[Assignment], responses: list[dict]) -> dict:
+    raw = {} if prompt.raw is None else {"raw_prompt": prompt.raw}
+    return {
+        "prompt": prompt.text,
+        **raw,
+        "responses": [response["text"] for response in responses],
+        "pairs": [assignment.row for assignment in assignments],
+        "stop_reasons": [response["stop_reason"] for response in responses],
+        "num_tokens": [response["num_tokens"] for response in responses],
+    }
