@@ -23,11 +23,11 @@ from common.records import is_done, journal, read_records, sha256, write_records
 def parser() -> Parser:
     """The command line."""
     flags = Parser(__doc__)
-    flags.add("--dataset_name_or_path", "data file with the responses", required=True)
+    flags.add("--dataset_name_or_path", "data file(s) with the responses", nargs="+", required=True)
     flags.add(
         "--reward_name_or_path", "reward model: folder or hub name, one label or several", required=True
     )
-    flags.add("--output_file", "where the scored data file goes", required=True)
+    flags.add("--output_file", "where the scored data goes, one for each data file", nargs="+", required=True)
     flags.add(
         "--reward_template",
         "none: the model reads prompt + response as they stand in the file (as published); chat: the reward "
@@ -48,24 +48,29 @@ def parser() -> Parser:
 
 def main() -> None:
     args = parser().parse_args()
-    instances, settings = read_records(args.dataset_name_or_path)
-    wanted = stage_settings(args)
-    if is_done(args.output_file, "annotate", wanted):
-        print(f"{args.output_file}: already done")
-        return
-    scorer = load_scorer(args)
-    texts = all_texts(instances, settings, args, scorer.tokenizer)
-    with journal(args.output_file, wanted) as finished:
-        scores = score_all(scorer, texts, finished, args.dataset_name_or_path)
-        rows = with_rewards(instances, scores)
-        write_records(args.output_file, rows, {**settings, "annotate": wanted})
-    print(summary(rows, scorer))
+    if len(args.dataset_name_or_path) != len(args.output_file):
+        raise UserError("--dataset_name_or_path and --output_file must have the same number of files")
+    scorer = None
+    for source, output in zip(args.dataset_name_or_path, args.output_file, strict=True):
+        instances, settings = read_records(source)
+        wanted = stage_settings(args, source)
+        if is_done(output, "annotate", wanted):
+            print(f"{output}: already done")
+            continue
+        scorer = scorer or load_scorer(args)
+        scorer.cut = 0
+        texts = all_texts(instances, settings, args, source, scorer.tokenizer)
+        with journal(output, wanted) as finished:
+            scores = score_all(scorer, texts, finished, source)
+            rows = with_rewards(instances, scores)
+            write_records(output, rows, {**settings, "annotate": wanted})
+        print(f"{output}: {summary(rows, scorer)}")
 
 
-def stage_settings(args) -> dict:
+def stage_settings(args, source: str) -> dict:
     """What decides the scores; the token budget does not."""
     return {
-        "dataset_sha256": sha256(args.dataset_name_or_path),
+        "dataset_sha256": sha256(source),
         "reward_name_or_path": args.reward_name_or_path,
         "reward_template": args.reward_template,
         "reward_column": args.reward_column,
@@ -90,12 +95,14 @@ def load_scorer(args):
     return scorer
 
 
-def all_texts(instances: list[dict], settings: dict, args, tokenizer) -> list[tuple[int, int, str]]:
+def all_texts(
+    instances: list[dict], settings: dict, args, source: str, tokenizer
+) -> list[tuple[int, int, str]]:
     """(row, response index, text that the reward model reads), in file order."""
     policy_template = (settings.get("generate") or {}).get("template")
     found = []
     for row, instance in enumerate(instances):
-        where = f"{args.dataset_name_or_path}: row {row}"
+        where = f"{source}: row {row}"
         texts = instance_texts(instance, args.reward_template, tokenizer, where, policy_template)
         found += [(row, k, text) for k, text in enumerate(texts)]
     return found

