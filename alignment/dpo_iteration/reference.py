@@ -1,0 +1,122 @@
+"""Log-probabilities under the reference model: computed once, before training, and kept beside the data.
+
+They never change, so while the policy trains there is no reference model in memory, in no epoch and after no restart.
+Every process loads the whole reference for this pass (7B parameters: 14 GB in bf16) and takes its share of the rows.
+"""
+
+import gc
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from common.cli import UserError
+from common.models import load_causal_lm
+from common.records import read_json, write_json
+from dpo_iteration.distributed import gather, on_main, say, share, whole_models
+from dpo_iteration.dpo import as_scorer
+from dpo_iteration.rows import collate
+
+
+def cache_path(train_file: str) -> Path:
+    """Where the log-probabilities for `train_file` are kept."""
+    return Path(f"{train_file}.reference_logps.json")
+
+
+def add_reference_logps(rows: list[dict], options, training, dtype: str, autocast: bool) -> list[dict]:
+    """The rows with `ref_chosen_logps` and `ref_rejected_logps`, from the cache or from the reference model.
+
+    Args:
+        options: with `train_dir`, `ref_model`, `trust_remote_code`.
+        training: TrainingArguments; `per_device_eval_batch_size` rows are scored at a time.
+        dtype, autocast: the precision that the policy trains in, so that equal models give equal numbers.
+    """
+    path = cache_path(options.train_dir)
+    key = on_main(cache_key, rows, options.ref_model, dtype, autocast)
+    pairs = on_main(read_cache, path, key)
+    if pairs is None:
+        pairs = compute(rows, options, training, dtype, autocast)
+        on_main(write_cache, path, key, pairs)
+    return [
+        {**row, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+        for row, (chosen, rejected) in zip(rows, pairs, strict=True)
+    ]
+
+
+def cache_key(rows: list[dict], model: str, dtype: str, autocast: bool) -> dict:
+    """What the numbers depend on: token ids, weights (names, sizes, dates of the files), precision."""
+    ids = [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in rows]
+    files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
+    return {
+        "ref_model": model,
+        "weights": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+        "token_ids": hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
+        "dtype": dtype,
+        "autocast": autocast,
+    }
+
+
+def read_cache(path: Path, key: dict) -> list[list[float]] | None:
+    """The cached [chosen, rejected] values, or None (and one line that says why) where they are not for `key`."""
+    if not path.exists():
+        return None
+    try:
+        stored = read_json(path)
+    except UserError:
+        stored = None
+    if not isinstance(stored, dict) or not isinstance(stored.get("settings"), dict):
+        say(f"{path}: damaged; computing the reference log-probabilities again")
+        return None
+    changed = [name for name in key if stored["settings"].get(name) != key[name]]
+    if changed:
+        say(f"{path}: made with other {', '.join(changed)}; computing the reference log-probabilities again")
+        return None
+    say(f"reference log-probabilities: read from {path}")
+    return stored["logps"]
+
+
+def write_cache(path: Path, key: dict, pairs: list[list[float]]) -> None:
+    """Writes the cache; a folder that cannot be written costs a repetition, not the run."""
+    try:
+        write_json(path, {"settings": key, "logps": pairs})
+    except OSError as error:
+        say(f"{path}: not kept ({error.strerror}); a restart computes them again")
+
+
+def compute(rows: list[dict], options, training, dtype: str, autocast: bool) -> list[list[float]]:
+    """[chosen, rejected] log-probabilities of each row; the model is gone from memory when this returns."""
+    say(f"reference log-probabilities: {len(rows)} pairs under {options.ref_model}")
+    with whole_models(training):
+        model = load_causal_lm(
+            options.ref_model,
+            "--ref_model",
+            dtype,
+            trust_remote_code=options.trust_remote_code,
+            attn_implementation=options.attn_implementation,
+        )
+    model = as_scorer(model.to(training.device))
+    # Rows of like length share a batch.
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["prompt_ids"]) + len(rows[i]["chosen_ids"]))
+    size = training.per_device_eval_batch_size
+    batches = share([order[i : i + size] for i in range(0, len(order), size)])
+    found = []
+    for batch in tqdm(batches, desc="reference", disable=not training.should_log, mininterval=5):
+        chosen, rejected = _score(model, [rows[i] for i in batch], training.device, autocast)
+        found += zip(batch, chosen, rejected, strict=True)
+    del model
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    by_row = {index: [chosen, rejected] for index, chosen, rejected in gather(found)}
+    return [by_row[i] for i in range(len(rows))]
+
+
+@torch.no_grad()
+def _score(model, rows: list[dict], device, autocast: bool) -> list[list[float]]:
+    batch = {name: tensor.to(device) for name, tensor in collate(rows).items()}
+    names = ("input_ids", "attention_mask", "response_mask")
+    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=autocast):
+        logps = model(**{name: batch[name] for name in names})
+    return [part.tolist() for part in logps.chunk(2)]
