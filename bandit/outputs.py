@@ -1,0 +1,79 @@
+"""Result folders: checked before a run, written whole after it."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from bandit.settings import BadInput
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def default_folder(name: str, settings: dict, preset: dict) -> Path:
+    """bandit/results/<preset>, with a hash of the settings where they are not the preset's own."""
+    if settings == preset:
+        return RESULTS / name
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    return RESULTS / f"{name}-{digest}"
+
+
+def prepare(folder: Path, settings: dict, overwrite: bool) -> None:
+    """Creates the folder and makes sure that it can be written and holds no results of other settings.
+
+    Raises:
+        BadInput: it cannot, or it does and overwrite is False.
+    """
+    config = folder / "config.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        stored = json.loads(config.read_text())["settings"] if config.exists() else None
+    except OSError as error:
+        raise BadInput(f"argument --output_dir: {folder}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise BadInput(f"argument --output_dir: {config} is not a configuration of this script") from None
+    if stored in (None, settings) or overwrite:
+        return
+    changed = [key for key in {**stored, **settings} if stored.get(key) != settings.get(key)]
+    differences = ", ".join(f"{key} {stored.get(key)} -> {settings.get(key)}" for key in changed)
+    raise BadInput(
+        f"argument --output_dir: {folder} holds results of other settings ({differences}); "
+        "choose another folder or add --overwrite"
+    )
+
+
+def save(path: Path, write: Callable[[Path], object]) -> None:
+    """Calls write on a temporary name beside path, then renames: path is never half written."""
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_text(path: Path, text: str) -> None:
+    save(path, lambda target: target.write_text(text))
+
+
+def save_config(folder: Path, settings: dict, derived: dict) -> None:
+    save_text(folder / "config.json", json.dumps({"settings": settings, "derived": derived}, indent=2) + "\n")
+
+
+def save_trajectories(
+    folder: Path, results: dict[tuple[str, str], dict[str, np.ndarray]], rewards: np.ndarray
+) -> None:
+    """trajectories.npz: '<sampler>/<mode>/<series>' [envs, T + 1] and 'rewards' [envs, |Y|], float64."""
+    arrays = {
+        f"{name}/{mode}/{key}": values
+        for (name, mode), series in results.items()
+        for key, values in series.items()
+    }
+    # The temporary name must end in .npz, or numpy would add it.
+    save(folder / "trajectories.npz", lambda target: np.savez(target, rewards=rewards, **arrays))

@@ -1,0 +1,41 @@
+"""One colour per sampler for every figure of the project, tabular and language model alike.
+
+The colours are Okabe and Ito's colour-blind-safe set; methods that are the same idea in the two settings share one.
+No imports of weight, so that any script can use it.
+"""
+
+import colorsys
+import zlib
+
+_VERMILION, _BLUE, _GREEN, _ORANGE = "#D55E00", "#0072B2", "#009E73", "#E69F00"
+_PURPLE, _SKY, _BLACK, _GREY = "#CC79A7", "#56B4E9", "#000000", "#7F7F7F"
+_BROWN, _OLIVE, _INDIGO, _TEAL = "#8C510A", "#808000", "#332288", "#44AA99"
+
+COLORS = {
+    "DPO-Unif": _VERMILION,
+    "DPO-Mix-R": _BLUE,
+    "DPO-Mix-P": _GREEN,
+    "DPO-Mix-P*": _ORANGE,
+    "DPO-Mix-R-1": _GREY,
+    "DPO-Mix-R-2": _SKY,
+    "DPO-Mix-P-1": _BLACK,
+    "DPO-Mix-P-2": _TEAL,
+    "DPO-Opt-Unif": _BROWN,
+    "DPO-Policy-Unif": _OLIVE,
+    "DPO-Policy-Policy": _INDIGO,
+    "offline": _VERMILION,
+    "online": _BLUE,
+    "gshf": _ORANGE,
+    "mixp": _GREEN,
+    "mixp-iterative": _TEAL,
+    "pilaf": _PURPLE,
+}
+
+
+def color_of(name: str) -> str:
+    """Hex colour of a sampler; a name outside the table gets one that depends on nothing but the name."""
+    if name in COLORS:
+        return COLORS[name]
+    hue = zlib.crc32(name.encode()) / 2**32
+    red, green, blue = colorsys.hls_to_rgb(hue, 0.4, 0.6)
+    return f"#{round(255 * red):02X}{round(255 * green):02X}{round(255 * blue):02X}"
