@@ -1,0 +1,102 @@
+"""Preference pairs for the embedded default, from human harm ratings that the pip package `pyrit` carries.
+
+Reads:   pyrit/datasets/scorer_evals/{harm,objective}/*.csv of the installed package (its code is not imported).
+         Several answers to one prompt, each rated by people from 0 (harmless) to 1 (harmful).
+Writes:  DIR/reward_pairs.jsonl and DIR/judge_pairs.jsonl: two halves without a common prompt, for the reward model
+         that training sees and for the judge that it never sees. `chosen` is the less harmful answer.
+
+    python alignment/reward_model/human_labels.py --output_dir pairs --seed 0
+"""
+
+import csv
+import itertools
+import random
+import sys
+from collections import defaultdict
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.cli import Parser, UserError, natural, positive_int, run
+from reward_model.preference_data import split_by_prompt, write_pairs
+
+FOLDERS = ("harm", "objective")
+NAMES = ("reward_pairs.jsonl", "judge_pairs.jsonl")
+
+
+def parser() -> Parser:
+    """The command line."""
+    flags = Parser(__doc__)
+    flags.add("--output_dir", "folder for the two files", required=True)
+    flags.add(
+        "--min_gap", "least difference of two ratings (0-1) that makes a pair", type=float, default=0.25
+    )
+    flags.add(
+        "--max_pairs_per_prompt", "one prompt has 817 pairs, most have few", type=positive_int, default=40
+    )
+    flags.add("--seed", "of the split and of the pairs that are kept", type=natural, default=0)
+    return flags
+
+
+def main() -> None:
+    args = parser().parse_args()
+    answers = rated_answers(labels_folder())
+    pairs = make_pairs(answers, args.min_gap, args.max_pairs_per_prompt, args.seed)
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, half in zip(NAMES, split_by_prompt(pairs, 0.5, args.seed), strict=True):
+        write_pairs(folder / name, half)
+        print(f"{folder / name}: {len(half)} pairs of {len({p['prompt'] for p in half})} prompts")
+
+
+def labels_folder() -> Path:
+    """Where the installed package keeps its ratings."""
+    try:
+        return Path(distribution("pyrit").locate_file("pyrit/datasets/scorer_evals"))
+    except PackageNotFoundError:
+        raise UserError(
+            "the package pyrit, which holds the human labels, is not installed: bash setup.sh"
+        ) from None
+
+
+def rated_answers(folder: Path) -> dict[str, list[tuple[str, float]]]:
+    """prompt → [(answer, mean human rating)], from every table but the `mini_` extracts."""
+    answers = defaultdict(list)
+    for path in sorted(p for kind in FOLDERS for p in (folder / kind).glob("*.csv")):
+        if path.name.startswith("mini_"):
+            continue
+        for row in _rows(path):
+            ratings = [float(value) for key, value in row.items() if key.startswith("human_score") and value]
+            # Some prompts differ between tables in their white space only.
+            answers[" ".join(row["objective"].split())].append(
+                (row["assistant_response"].strip(), sum(ratings) / len(ratings))
+            )
+    if not answers:
+        raise UserError(f"{folder}: holds no rated answers")
+    return answers
+
+
+def _rows(path: Path) -> list[dict]:
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return list(csv.DictReader(lines[1:] if lines[0].startswith("#") else lines))
+
+
+def make_pairs(
+    answers: dict[str, list[tuple[str, float]]], min_gap: float, most: int, seed: int
+) -> list[dict]:
+    """All pairs of answers to one prompt whose ratings differ by `min_gap`, at most `most` a prompt."""
+    random_state = random.Random(seed)
+    pairs = []
+    for prompt, rated in answers.items():
+        found = [
+            {"prompt": prompt, "chosen": a, "rejected": b}
+            for (a, harm_a), (b, harm_b) in itertools.permutations(rated, 2)
+            if harm_b - harm_a >= min_gap
+        ]
+        pairs += random_state.sample(found, min(most, len(found)))
+    return pairs
+
+
+if __name__ == "__main__":
+    run(main)

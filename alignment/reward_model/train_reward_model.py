@@ -1,0 +1,181 @@
+"""Trains a reward model from preference pairs (Bradley-Terry: P(chosen beats rejected) = sigmoid of the difference).
+
+Reads:   a JSONL file with one {"prompt", "chosen", "rejected"} a line; any encoder or decoder model.
+Writes:  DIR, a sequence classifier with one label, its tokenizer, and metrics.json: settings and pair accuracy on
+         held-out prompts. DIR appears when everything is finished.
+
+A pair is rendered by the tokenizer's chat template; where it has none, by a plain one (turns joined by a line break)
+that is saved with the model. So `get_rewards.py --reward_template chat` feeds the model what it was trained on.
+
+    python alignment/reward_model/train_reward_model.py --model_name_or_path ENCODER --train_file pairs.jsonl \\
+        --output_dir reward_model --trainable_layers 2 --max_steps 100
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.cli import Parser, UserError, fraction, natural, positive, positive_int, run
+from common.models import default_device, load_config, load_reward_model, load_tokenizer
+from common.records import read_json, refuse_other_settings, sha256, write_json
+from reward_model.preference_data import read_pairs, split_by_prompt
+
+PLAIN_TEMPLATE = (
+    "{% for turn in messages %}{{ turn['content'] }}{% if not loop.last %}{{ '\\n' }}{% endif %}{% endfor %}"
+)
+
+
+def parser() -> Parser:
+    """The command line."""
+    flags = Parser(__doc__)
+    flags.add("--model_name_or_path", "model to start from: folder or hub name", required=True)
+    flags.add("--train_file", "JSONL file of preference pairs", required=True)
+    flags.add("--output_dir", "folder for the trained model", required=True)
+    flags.add(
+        "--max_length",
+        "tokens kept of a text, in training and later",
+        type=positive_int,
+        default=96,
+    )
+    flags.add(
+        "--trainable_layers",
+        "train only the last N layers and the head; without it all",
+        type=positive_int,
+    )
+    flags.add("--learning_rate", "peak of AdamW, falling to 0 linearly", type=positive, default=3e-4)
+    flags.add("--batch_size", "pairs in one step on one device", type=positive_int, default=8)
+    flags.add("--gradient_accumulation_steps", "steps joined in one update", type=positive_int, default=1)
+    flags.add("--num_train_epochs", "passes over the pairs", type=positive, default=1.0)
+    flags.add("--max_steps", "updates; overrides --num_train_epochs", type=positive_int)
+    flags.add(
+        "--eval_fraction",
+        "share of pairs held out, with prompts of their own",
+        type=fraction,
+        default=0.2,
+    )
+    flags.add("--seed", "of the split, the order, the new head and dropout", type=natural, default=0)
+    return flags
+
+
+def main() -> None:
+    args = parser().parse_args()
+    pairs = read_pairs(args.train_file)
+    settings = {k: v for k, v in vars(args).items() if k != "output_dir"} | {
+        "train_sha256": sha256(args.train_file)
+    }
+    if is_done(args.output_dir, settings):
+        return
+    held_out, training = split_by_prompt(pairs, args.eval_fraction, args.seed)
+    if not training:
+        raise UserError(f"{args.train_file}: no pairs are left to train on; it needs more than one prompt")
+    unfinished = Path(args.output_dir.rstrip("/") + ".tmp")
+    tokenizer = prepare_tokenizer(args)
+    trainer = train(args, tokenizer, training, unfinished)
+    if trainer.is_world_process_zero():
+        save(trainer.model, tokenizer, unfinished)
+        metrics = {"train_pairs": len(training), **evaluate(unfinished, held_out), "settings": settings}
+        write_json(unfinished / "metrics.json", metrics)
+        os.replace(unfinished, args.output_dir)
+        print(report(metrics))
+
+
+def is_done(output_dir: str, settings: dict) -> bool:
+    """Whether `output_dir` already holds this training's result; raises `UserError` where it holds another's."""
+    if not Path(output_dir).exists():
+        return False
+    metrics = Path(output_dir) / "metrics.json"
+    stored = read_json(metrics) if metrics.is_file() else {}
+    refuse_other_settings(output_dir, stored.get("settings") if isinstance(stored, dict) else None, settings)
+    print(f"{output_dir}: already done; {report(stored)}")
+    return True
+
+
+def prepare_tokenizer(args):
+    """The model's tokenizer, with what annotation needs to build the same inputs: chat template and length."""
+    tokenizer = load_tokenizer(args.model_name_or_path, "model")
+    tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
+    tokenizer.model_max_length = args.max_length
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def train(args, tokenizer, pairs: list[dict], folder: Path):
+    """The finished trainer."""
+    from transformers import TrainingArguments, set_seed
+
+    from reward_model.bradley_terry import BradleyTerryTrainer, freeze_all_but_last, pair_tokens
+
+    set_seed(args.seed)  # the new head is drawn when the model is loaded
+    load_config(args.model_name_or_path, "model")
+    model = load_reward_model(args.model_name_or_path, "float32", needs_head=False, num_labels=1)
+    if args.trainable_layers:
+        freeze_all_but_last(model, args.trainable_layers)
+    shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed
+    on_gpu = default_device() == "cuda"
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        learning_rate=args.learning_rate,
+        num_train_epochs=args.num_train_epochs,
+        max_steps=args.max_steps or -1,
+        warmup_steps=0.1,  # below 1: a share of all steps
+        seed=args.seed,
+        bf16=on_gpu,
+        use_cpu=not on_gpu,
+        logging_steps=10,
+        save_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,
+    )
+    trainer = BradleyTerryTrainer(model, arguments, train_dataset=pair_tokens(tokenizer, pairs))
+    trainer.train()
+    return trainer
+
+
+def save(model, tokenizer, folder: Path) -> None:
+    """Saves model and tokenizer in `folder`."""
+    # pad_right changed it from batch to batch.
+    model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def evaluate(folder: Path, pairs: list[dict]) -> dict:
+    """Held-out pair accuracy and loss of the saved model, scored exactly as annotation scores."""
+    import torch
+
+    from annotate_data.scorer import RewardScorer
+    from reward_model.bradley_terry import accuracy, bradley_terry_loss, pair_texts
+
+    if not pairs:
+        return {"eval_pairs": 0, "eval_accuracy": None, "eval_loss": None, "shorter_is_chosen": None}
+    scorer = RewardScorer(str(folder))
+    texts = [text for pair in pairs for text in pair_texts(scorer.tokenizer, pair)]
+    scores = torch.tensor(scorer.score(texts)).view(-1, 2)
+    lengths = torch.tensor([[len(p["chosen"]), len(p["rejected"])] for p in pairs], dtype=torch.float)
+    return {
+        "eval_pairs": len(pairs),
+        "eval_accuracy": accuracy(scores[:, 0], scores[:, 1]),
+        "eval_loss": bradley_terry_loss(scores[:, 0], scores[:, 1]).item(),
+        # What a rule that knows nothing but length would get.
+        "shorter_is_chosen": accuracy(-lengths[:, 0], -lengths[:, 1]),
+    }
+
+
+def report(metrics: dict) -> str:
+    """One line on how good the model is."""
+    if not metrics["eval_pairs"]:
+        return f"{metrics['train_pairs']} training pairs, none held out"
+    return (
+        f"pair accuracy {metrics['eval_accuracy']:.3f} on {metrics['eval_pairs']} pairs of held-out prompts "
+        f"(loss {metrics['eval_loss']:.3f}; choosing the shorter answer gets {metrics['shorter_is_chosen']:.3f})"
+    )
+
+
+if __name__ == "__main__":
+    run(main)
