@@ -25,10 +25,10 @@ def value_gap(bandit: Bandit, u: np.ndarray) -> np.ndarray:
     log_pi = bandit.log_policy(u)
     x = bandit.log_optimum - log_pi
     pi = np.exp(log_pi)
-    terms = pi * (np.expm1(np.minimum(x, 1)) - np.minimum(x, 1))
-    large = x > 1
-    if large.any():
-        terms = np.where(large, np.exp(bandit.log_optimum) - pi * (1 + x), terms)
+    near = np.minimum(x, 1)
+    terms = pi * (np.expm1(near) - near)
+    if x.max() > 1:  # e^x may overflow, but pi e^x = pi*
+        terms = np.where(x > 1, np.exp(bandit.log_optimum) - pi * (1 + x), terms)
     return bandit.beta * np.maximum(terms, 0).sum(axis=-1)
 
 

@@ -57,7 +57,7 @@ def draw_curve(axes: Axes, values: np.ndarray, name: str, mode: str, label: str,
     if len(values) > 1:
         low, high = np.quantile(values, [0.1, 0.9], axis=0)
         axes.fill_between(
-            updates, _positive(low, log), _positive(high, log), color=color, alpha=0.15, linewidth=0
+            updates, _positive(low, log), _positive(high, log), color=color, alpha=0.12, linewidth=0
         )
     median = _positive(np.median(values, axis=0), log)
     axes.plot(updates, median, color=color, label=label, **STYLES[mode])
@@ -82,7 +82,8 @@ def draw_figure(results: Results, figure: str, settings: Mapping, with_theory: b
     """One figure from the results of all samplers and modes."""
     series, label, log = FIGURES[figure]
     modes = {mode for _, mode in results}
-    canvas, axes = plt.subplots(figsize=(4.6, 3.2))
+    crowded = len(results) > 3 or settings["num_envs"] > 1
+    canvas, axes = plt.subplots(figsize=(6.4, 3.2) if crowded else (4.6, 3.2))
     if log:
         axes.set_yscale("log")
     for (name, mode), values in results.items():
@@ -94,7 +95,8 @@ def draw_figure(results: Results, figure: str, settings: Mapping, with_theory: b
     axes.set_ylabel(label)
     axes.set_xlim(0, settings["num_iter"])
     axes.margins(x=0)
-    axes.legend(frameon=False, title=_title(settings, modes), title_fontsize=8, alignment="left")
+    beside = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)} if crowded else {}
+    axes.legend(frameon=False, title=_title(settings, modes), title_fontsize=8, alignment="left", **beside)
     return canvas
 
 
@@ -104,7 +106,7 @@ def _title(settings: Mapping, modes: set[str]) -> str:
     if "empirical" in modes:
         parts.append(f"{settings['num_samples']} pairs an update")
     if settings["num_envs"] > 1:
-        parts.append(f"median and 10–90% of {settings['num_envs']}")
+        parts.append(f"median and 10–90% of {settings['num_envs']} rewards")
     if settings["lr"] == "theory":
         parts.append(r"Unif: $\alpha=2|Y|^2$")
     return "\n".join(parts)

@@ -13,7 +13,7 @@ from bandit.samplers import Sampler
 from bandit.steps import gain
 
 # Updates whose counts are drawn in one call where the weights never change; bounded so that memory stays small.
-AHEAD_CELLS = 100_000
+AHEAD_CELLS = 40_000
 
 
 def draw_multinomial(
@@ -51,33 +51,20 @@ def cell_probabilities(weights: np.ndarray, bandit: Bandit) -> np.ndarray:
     return cells / cells.sum(axis=1, keepdims=True)
 
 
-class CountSource:
-    """Counts [envs, |Y|, |Y|] for one update after another, each environment from its own stream."""
+def antisymmetric_part(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Counts [..., |Y|, |Y|] as wins minus losses of each arm [..., |Y|], and pairs drawn of each two arms, float64."""
+    flipped = counts.swapaxes(-1, -2)
+    return (counts - flipped).sum(axis=-1), (counts + flipped).astype(np.float64)
 
-    def __init__(
-        self, bandit: Bandit, sampler: Sampler, streams: list[np.random.Generator], num_samples: int
-    ):
-        self.bandit, self.sampler, self.streams, self.num_samples = bandit, sampler, streams, num_samples
-        self.ahead = iter(())
-        self.batch = max(1, AHEAD_CELLS // bandit.half_tanh_rewards.size) if sampler.fixed else 1
-        self.drawable = None
 
-    def next(self, weights: np.ndarray) -> np.ndarray:
-        """Counts of the next update; weights as Sampler.weights gives them at its state."""
-        counts = next(self.ahead, None)
-        if counts is None:
-            self.ahead = iter(self._draw(weights))
-            counts = next(self.ahead)
-        return counts
-
-    def _draw(self, weights: np.ndarray) -> np.ndarray:
-        if self.drawable is None or not self.sampler.fixed:
-            self.drawable = cell_probabilities(weights, self.bandit)
-        drawn = [
-            draw_counts(stream, cells, self.num_samples, self.batch)
-            for stream, cells in zip(self.streams, self.drawable, strict=True)
-        ]
-        return np.stack(drawn, axis=1).reshape(self.batch, *weights.shape)
+def draw_ahead(
+    bandit: Bandit, weights: np.ndarray, streams: list[np.random.Generator], num_samples: int, updates: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Labelled pairs of the next updates at these weights, each environment from its own stream."""
+    cells = cell_probabilities(weights, bandit)
+    drawn = [draw_counts(*each, num_samples, updates) for each in zip(streams, cells, strict=True)]
+    counts = np.stack(drawn, axis=1).reshape(updates, *weights.shape)
+    return list(zip(*antisymmetric_part(counts), strict=True))
 
 
 def make_increment(
@@ -88,16 +75,24 @@ def make_increment(
     With C the counts: gain Z sum_y' (C(y, y') sigma(-d) - C(y', y) sigma(d)) / (2 N), the exact increment on average.
     """
     streams = [sampling_stream(seed, name, env) for env in range(len(bandit.rewards))]
-    source = CountSource(bandit, sampler, streams, num_samples)
-    frozen = sampler.weights(bandit.rewards, bandit) if sampler.fixed else None
+
+    def weights_and_step(u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        weights, log_scale = sampler.weights(u, bandit)
+        total = weights.sum(axis=(1, 2))[:, None]
+        return weights, gain(lr, sampler, bandit, total, log_scale) * total / (4 * num_samples)
+
+    fixed = weights_and_step(bandit.rewards) if sampler.fixed else None
+    updates = max(1, AHEAD_CELLS // bandit.half_tanh_rewards.size) if sampler.fixed else 1
+    ahead = iter(())
 
     def increment(u: np.ndarray, out: np.ndarray) -> None:
-        weights, log_scale = frozen or sampler.weights(u, bandit)
-        counts = source.next(weights)
-        total = weights.sum(axis=(1, 2))[:, None]
-        step = gain(lr, sampler, bandit, total, log_scale) * total / (4 * num_samples)
-        flipped = counts.swapaxes(1, 2)
-        wins = (counts - flipped).sum(axis=2)
-        np.multiply(step, wins - np.vecdot(counts + flipped, np.tanh(gaps(u) / 2)), out)
+        nonlocal ahead
+        weights, step = fixed or weights_and_step(u)
+        drawn = next(ahead, None)
+        if drawn is None:
+            ahead = iter(draw_ahead(bandit, weights, streams, num_samples, updates))
+            drawn = next(ahead)
+        wins, pairs = drawn
+        np.multiply(step, wins - np.vecdot(pairs, np.tanh(gaps(u) / 2)), out)
 
     return increment

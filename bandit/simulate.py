@@ -32,11 +32,12 @@ def run(
     out = np.empty_like(bandit.rewards)
     block = min(num_iter, max(1, BLOCK_NUMBERS // bandit.rewards.size))
     states = np.zeros((block + 1, *bandit.rewards.shape), bandit.rewards.dtype)
+    rows = list(states)
     wide = Bandit(bandit.rewards.astype(np.float64), bandit.log_ref.astype(np.float64), bandit.beta)
     series = {name: np.empty((len(bandit.rewards), num_iter + 1)) for name in NAMES}
     for start in range(0, num_iter, block):
         steps = min(block, num_iter - start)
-        for now, after in pairwise(states[: steps + 1]):
+        for now, after in pairwise(rows[: steps + 1]):
             increment(now, out)
             np.add(now, out, after)
         if not np.isfinite(states[steps]).all():

@@ -1,0 +1,130 @@
+"""Milliseconds an update: a straightforward autograd implementation beside the simulator, in one run.
+
+Reads and writes nothing; prints a table. Both sides use one thread, take turns, and report their fastest turn. The
+baseline (torch, float32, as a reader of the paper would write it) makes the |Y| x |Y| loss, backward, SGD, and
+records nothing; ours (float64) records all four metrics of every update.
+
+    OMP_NUM_THREADS=1 python benchmarks/bandit.py
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from bandit.problem import draw_rewards, make_bandit
+from bandit.samplers import SAMPLERS
+from bandit.simulate import simulate
+
+BETA, EXACT_LR, SAMPLED_LR, NUM_SAMPLES = 3.0, 1.0, 0.05, 8192
+
+# mode, environments, |Y|, target ratio (None: none was set), updates of ours a turn, updates of the baseline a turn
+CASES = [
+    ("exact", 1, 20, 50, 1000, 100),
+    ("exact", 1, 100, None, 500, 100),
+    ("exact", 1, 1000, 30, 100, 5),
+    ("exact", 100, 20, 30, 200, 50),
+    ("sampled", 1, 20, 25, 200, 20),
+    ("sampled", 1, 100, None, 100, 20),
+]
+
+
+def pair_weights(sampler: str, gap_rewards: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+    """Normalised weights [envs, |Y|, |Y|], never differentiated."""
+    gap = {"DPO-Unif": torch.zeros_like(d), "DPO-Mix-R": gap_rewards, "DPO-Mix-P": d.detach()}[sampler]
+    weights = 2 + torch.exp(gap) + torch.exp(-gap)
+    return weights / weights.sum(dim=(1, 2), keepdim=True)
+
+
+def exact_loss(theta: torch.Tensor, rewards: torch.Tensor, sampler: str) -> torch.Tensor:
+    """DPO's loss over all pairs; theta and rewards [envs, |Y|], uniform reference."""
+    log_pi = F.log_softmax(theta, dim=-1)
+    d = BETA * (log_pi[:, :, None] - log_pi[:, None, :])
+    gap_rewards = rewards[:, :, None] - rewards[:, None, :]
+    wins = torch.sigmoid(gap_rewards)
+    weights = pair_weights(sampler, gap_rewards, d)
+    return -(weights * (wins * F.logsigmoid(d) + (1 - wins) * F.logsigmoid(-d))).sum()
+
+
+def sampled_loss(theta: torch.Tensor, rewards: torch.Tensor, sampler: str) -> torch.Tensor:
+    """The same over NUM_SAMPLES drawn pairs with drawn labels; one environment."""
+    log_pi = F.log_softmax(theta, dim=-1)[0]
+    gap_rewards = rewards[:, :, None] - rewards[:, None, :]
+    d = BETA * (log_pi[None, :, None] - log_pi[None, None, :])
+    weights = pair_weights(sampler, gap_rewards, d)
+    cells = torch.multinomial(weights.flatten(), NUM_SAMPLES, replacement=True)
+    first, second = cells // theta.shape[1], cells % theta.shape[1]
+    labels = torch.bernoulli(torch.sigmoid(gap_rewards[0, first, second]))
+    margin = BETA * (log_pi[first] - log_pi[second])
+    return -(labels * F.logsigmoid(margin) + (1 - labels) * F.logsigmoid(-margin)).mean()
+
+
+def run_baseline(rewards: np.ndarray, sampler: str, mode: str, num_iter: int) -> None:
+    target = torch.tensor(rewards, dtype=torch.float32)
+    theta = torch.zeros_like(target, requires_grad=True)
+    optimizer = torch.optim.SGD([theta], lr=EXACT_LR if mode == "exact" else SAMPLED_LR)
+    loss_of = exact_loss if mode == "exact" else sampled_loss
+    for _ in range(num_iter):
+        optimizer.zero_grad()
+        loss_of(theta, target, sampler).backward()
+        optimizer.step()
+
+
+def run_ours(rewards: np.ndarray, sampler: str, mode: str, num_iter: int) -> None:
+    bandit = make_bandit(rewards, BETA)
+    kind, lr = ("exact", EXACT_LR) if mode == "exact" else ("empirical", SAMPLED_LR)
+    simulate(bandit, sampler, SAMPLERS[sampler], kind, lr, num_iter, NUM_SAMPLES, seed=0)
+
+
+def milliseconds(run: Callable[[], object], updates: int) -> float:
+    start = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - start) / updates
+
+
+def fastest(runs: list[tuple[Callable[[], object], int]], turns: int) -> list[float]:
+    """Fastest of several turns of each run, the runs taking turns so that a busy machine hits both alike."""
+    times = [[milliseconds(run, updates) for run, updates in runs] for _ in range(turns + 1)]
+    return [min(column) for column in zip(*times[1:], strict=True)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--turns", type=int, default=7, help="timed turns of each side (default 7)")
+    turns = parser.parse_args().turns
+    torch.set_num_threads(1)
+    print(
+        f"{'mode':8} {'envs':>4} {'|Y|':>5}  {'sampler':10} {'autograd ms':>12} {'ours ms':>9} {'ratio':>6}  target"
+    )
+    for mode, envs, actions, target, ours_updates, baseline_updates in CASES:
+        rewards = draw_rewards("normal", envs, actions, 0)
+        for sampler in ("DPO-Unif", "DPO-Mix-R", "DPO-Mix-P"):
+            baseline, ours = fastest(
+                [
+                    (lambda: run_baseline(rewards, sampler, mode, baseline_updates), baseline_updates),  # noqa: B023
+                    (lambda: run_ours(rewards, sampler, mode, ours_updates), ours_updates),  # noqa: B023
+                ],
+                turns,
+            )
+            goal = f">= {target}" if target else "-"
+            case = f"{mode:8} {envs:4} {actions:5}  {sampler:10}"
+            print(f"{case} {baseline:12.4f} {ours:9.4f} {baseline / ours:6.1f}  {goal}")
+    matrix, result = np.ones((1000, 1000)), np.empty((1000, 1000))
+    (floor,) = fastest([(lambda: np.multiply(matrix, 2.0, out=result), 1)], 50)
+    print(f"floor: one pass over a 1000 x 1000 float64 matrix (read, write) {floor:.4f} ms")
+
+
+if __name__ == "__main__":
+    main()
