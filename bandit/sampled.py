@@ -52,7 +52,7 @@ def cell_probabilities(weights: np.ndarray, bandit: Bandit) -> np.ndarray:
 
 
 def antisymmetric_part(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Counts [..., |Y|, |Y|] as wins minus losses of each arm [..., |Y|], and pairs drawn of each two arms, float64."""
+    """Counts [..., |Y|, |Y|] as wins minus losses of an arm [..., |Y|] and pairs drawn of two arms, float64."""
     flipped = counts.swapaxes(-1, -2)
     return (counts - flipped).sum(axis=-1), (counts + flipped).astype(np.float64)
 
