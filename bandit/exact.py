@@ -16,6 +16,9 @@ from bandit.steps import gain
 
 Increment = Callable[[np.ndarray, np.ndarray], None]
 
+# Up to this many arms two products with the [|Y|, pairs] incidence matrix beat broadcasting over |Y| x |Y|.
+EDGES_TO = 32
+
 # Below this many arms the |Y|^2 form is as fast as interpolation and simpler to trust.
 INTERPOLATE_FROM = 256
 
@@ -28,11 +31,13 @@ def dense(u: np.ndarray, bandit: Bandit, sampler: Sampler, lr: float | str) -> n
 
 
 def fixed_weights(bandit: Bandit, sampler: Sampler, lr: float | str) -> Increment:
-    """Weights that never change, with gain and constant part folded in once: four array operations an update."""
+    """Weights that never change, with gain and constant part folded in once: few array operations an update."""
     weights, log_scale = sampler.weights(bandit.rewards, bandit)
     step = gain(lr, sampler, bandit, weights.sum(axis=(1, 2))[:, None], log_scale)
     weights = np.ascontiguousarray(step[..., None] / 2 * weights)
     constant = np.vecdot(weights, bandit.half_tanh_rewards)
+    if bandit.num_actions <= EDGES_TO:
+        return _edge_sums(weights, constant)
     half, matrix = np.empty_like(bandit.rewards), np.empty_like(weights)
     column, row = half[:, :, None], half[:, None, :]
 
@@ -41,6 +46,26 @@ def fixed_weights(bandit: Bandit, sampler: Sampler, lr: float | str) -> Incremen
         np.subtract(column, row, matrix)
         np.tanh(matrix, matrix)
         np.vecdot(weights, matrix, out)
+        np.subtract(constant, out, out)
+
+    return increment
+
+
+def _edge_sums(weights: np.ndarray, constant: np.ndarray) -> Increment:
+    """The same over the unordered pairs y < y', through the complete graph's incidence matrix [|Y|, pairs]."""
+    num_actions = weights.shape[1]
+    first, second = np.triu_indices(num_actions, 1)
+    identity = np.eye(num_actions, dtype=weights.dtype)
+    incidence = identity[:, first] - identity[:, second]
+    half, back = incidence / 2, np.ascontiguousarray(incidence.T)
+    edges = np.ascontiguousarray(weights[:, first, second])
+    forces = np.empty_like(edges)
+
+    def increment(u: np.ndarray, out: np.ndarray) -> None:
+        np.dot(u, half, forces)
+        np.tanh(forces, forces)
+        np.multiply(edges, forces, forces)
+        np.dot(forces, back, out)
         np.subtract(constant, out, out)
 
     return increment
