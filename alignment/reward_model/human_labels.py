@@ -60,21 +60,27 @@ def labels_folder() -> Path:
         ) from None
 
 
-def rated_answers(folder: Path) -> dict[str, list[tuple[str, float]]]:
-    """prompt → [(answer, mean human rating)], from every table but the `mini_` extracts."""
-    answers = defaultdict(list)
+def rated_answers(folder: Path) -> dict[str, dict[str, float]]:
+    """prompt → answer → mean human rating, from every table but the `mini_` extracts.
+
+    The two folders rate many of the same answers on scales of their own; an answer counts once, with the mean, so
+    that no pair compares an answer with itself.
+    """
+    ratings = defaultdict(lambda: defaultdict(list))
     for path in sorted(p for kind in FOLDERS for p in (folder / kind).glob("*.csv")):
         if path.name.startswith("mini_"):
             continue
         for row in _rows(path):
-            ratings = [float(value) for key, value in row.items() if key.startswith("human_score") and value]
+            scores = [float(value) for key, value in row.items() if key.startswith("human_score") and value]
             # Some prompts differ between tables in their white space only.
-            answers[" ".join(row["objective"].split())].append(
-                (row["assistant_response"].strip(), sum(ratings) / len(ratings))
-            )
-    if not answers:
+            prompt = " ".join(row["objective"].split())
+            ratings[prompt][row["assistant_response"].strip()].append(sum(scores) / len(scores))
+    if not ratings:
         raise UserError(f"{folder}: holds no rated answers")
-    return answers
+    return {
+        prompt: {answer: sum(found) / len(found) for answer, found in answers.items()}
+        for prompt, answers in ratings.items()
+    }
 
 
 def _rows(path: Path) -> list[dict]:
@@ -82,16 +88,14 @@ def _rows(path: Path) -> list[dict]:
     return list(csv.DictReader(lines[1:] if lines[0].startswith("#") else lines))
 
 
-def make_pairs(
-    answers: dict[str, list[tuple[str, float]]], min_gap: float, most: int, seed: int
-) -> list[dict]:
+def make_pairs(answers: dict[str, dict[str, float]], min_gap: float, most: int, seed: int) -> list[dict]:
     """All pairs of answers to one prompt whose ratings differ by `min_gap`, at most `most` a prompt."""
     random_state = random.Random(seed)
     pairs = []
     for prompt, rated in answers.items():
         found = [
             {"prompt": prompt, "chosen": a, "rejected": b}
-            for (a, harm_a), (b, harm_b) in itertools.permutations(rated, 2)
+            for (a, harm_a), (b, harm_b) in itertools.permutations(rated.items(), 2)
             if harm_b - harm_a >= min_gap
         ]
         pairs += random_state.sample(found, min(most, len(found)))

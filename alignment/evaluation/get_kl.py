@@ -1,0 +1,261 @@
+"""KL divergence of a policy from its reference on held-out prompts.
+
+Samples responses of the policy at temperature T (top-p 1), or takes existing ones (--responses), and sums the exact
+per-token KL along them, scored at the same T; see kl.py.
+
+Reads   a policy, a reference with the same tokenizer, and prompts as generate.py does.
+Writes  OUT.json: {"kl": nats per response, "stderr": over prompts, "kl_per_token", "num_prompts",
+        "truncated_fraction", "log_ratio_kl", ..., "settings"}. Until it is complete a journal lies beside it, from
+        which the same command continues.
+
+    python alignment/evaluation/get_kl.py --model_name_or_path P --ref_model_name_or_path R \\
+        --dataset_name_or_path prompts.jsonl --temperature 0.7 --max_new_tokens 128 --output_file kl.json
+"""
+
+import argparse
+import gc
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.cli import Parser, UserError, checked, fraction, natural, positive_int, run
+from common.models import (
+    check_same_vocabulary,
+    context_length,
+    default_device,
+    default_dtype,
+    encode_prompt,
+    encode_response,
+    load_causal_lm,
+    load_config,
+    load_tokenizer,
+    stop_token_ids,
+)
+from common.records import Journal, is_done, journal, read_records, sha256, write_json
+from generation.interface import Sampling
+from generation.plan import Plan, requests
+from generation.prompts import TEMPLATES, load_prompts
+from generation.samplers import POLICY, Pair
+
+temperature_above_zero = checked(
+    float, lambda v: 0 < v < float("inf"), "a temperature above 0 (the KL of greedy decoding is not finite)"
+)
+
+
+def parser() -> Parser:
+    """The command line."""
+    p = Parser(__doc__)
+    p.add("--model_name_or_path", "the policy: folder or hub name", required=True)
+    p.add("--ref_model_name_or_path", "the reference", required=True)
+    source = p.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--dataset_name_or_path", help="prompts: file(s), folder(s) or hub name(s)", nargs="+"
+    )
+    source.add_argument("--responses", help="a data file of generate.py whose responses are scored instead")
+    p.add("--dataset_split", "split of a data set", default="train")
+    p.add("--dataset_key", "field that holds the prompt (default: prompt, messages or context_messages)")
+    p.add("--template", "what is put around the prompt", choices=sorted(TEMPLATES), default="none")
+    p.add("--max_prompt_characters", "leave out templated prompts with more characters", type=positive_int)
+    p.add("--start", "first prompt, counted after the filters", type=natural, default=0)
+    p.add("--end", "prompt to stop before (default: all)", type=positive_int)
+    p.add("--temperature", "of sampling and of scoring", type=temperature_above_zero, default=0.7)
+    p.add("--max_new_tokens", "longest response, tokens", type=positive_int, default=128)
+    p.add("--max_input_length", "leave out prompts with more tokens", type=positive_int, default=128)
+    p.add("--seed", "of the responses' random streams", type=natural, default=0)
+    p.add("--output_file", "where the result goes", required=True)
+    p.add("--backend", "what samples", choices=["vllm", "hf"], default="vllm")
+    p.add("--dtype", "default: bfloat16 on a GPU, else float32", choices=["float32", "bfloat16"])
+    p.add("--batch_size", "responses scored at a time", type=positive_int, default=8)
+    p.add("--max_num_seqs", "responses sampled at a time", type=positive_int, default=64)
+    p.add(
+        "--tensor_parallel_size",
+        "GPUs that share the model while sampling (vllm)",
+        type=positive_int,
+        default=1,
+    )
+    p.add("--gpu_memory_utilization", "share of GPU memory for sampling (vllm)", type=fraction, default=0.9)
+    p.add("--trust_remote_code", "run code that comes with a model", action="store_true")
+    return p
+
+
+def main() -> None:
+    args = parser().parse_args()
+    args.dtype = args.dtype or default_dtype()
+    tokenizer = check_models(args)
+    prompts = None if args.responses else read_prompts(args, tokenizer)
+    settings = settings_of(args)
+    if is_done(args.output_file, "kl", settings):
+        print(f"{args.output_file}: already done")
+        return
+    given = read_responses(args, tokenizer) if args.responses else None
+    with journal(args.output_file, settings) as book:
+        sequences = given or sample(args, prompts, book, tokenizer)
+        result = score(args, sequences, book, tokenizer)
+        write_json(args.output_file, {**result, "settings": {"kl": settings}})
+    print(report(result))
+
+
+def settings_of(args: argparse.Namespace) -> dict:
+    """What decides the result."""
+    kept = ("model_name_or_path", "ref_model_name_or_path", "temperature", "dtype")
+    settings = {name: getattr(args, name) for name in kept}
+    if args.responses:
+        return settings | {"responses_sha256": sha256(args.responses)}
+    names = args.dataset_name_or_path
+    dataset = {name: sha256(name) if Path(name).is_file() else args.dataset_split for name in names}
+    kept = ("template", "max_prompt_characters", "start", "end", "max_new_tokens", "max_input_length", "seed")
+    return settings | {"dataset": dataset} | {name: getattr(args, name) for name in (*kept, "backend")}
+
+
+def check_models(args: argparse.Namespace):
+    """Refuses, before any weight is loaded, models that cannot be compared; returns the tokenizer."""
+    tokenizers = []
+    longest = args.max_input_length + args.max_new_tokens
+    for name, what in ((args.model_name_or_path, "policy"), (args.ref_model_name_or_path, "reference")):
+        room = context_length(load_config(name, what, args.trust_remote_code))
+        if room is not None and longest > room and not args.responses:
+            raise UserError(
+                f"--max_input_length {args.max_input_length} + --max_new_tokens {args.max_new_tokens} is more than "
+                f"the {room} tokens that the {what} {name} can read"
+            )
+        tokenizers.append(load_tokenizer(name, what, args.trust_remote_code))
+    check_same_vocabulary(*tokenizers)
+    return tokenizers[0]
+
+
+def read_prompts(args: argparse.Namespace, tokenizer) -> list:
+    """The prompts to sample for; says how many were too long."""
+    limits = args.max_input_length, args.max_prompt_characters
+    where = args.start, args.end, args.dataset_split, args.dataset_key
+    prompts, left_out = load_prompts(args.dataset_name_or_path, tokenizer, args.template, *limits, *where)
+    if left_out:
+        print(f"get_kl: {left_out} prompts left out as too long")
+    return prompts
+
+
+def sample(args: argparse.Namespace, prompts: list, book: Journal, tokenizer) -> list[list]:
+    """One response of the policy a prompt, in groups of one; the journal keeps each as it finishes."""
+    from tqdm import tqdm
+
+    from evaluation.kl import Sequence
+
+    plan = Plan(prompts, args.start, (Pair(1.0, POLICY, POLICY),), 1, args.seed)
+    wanted = list(requests(plan, book.rows))
+    if wanted:
+        generator = make_generator(args)
+        stop_ids = stop_token_ids(tokenizer, args.model_name_or_path)
+        sampling = Sampling(args.temperature, args.max_new_tokens, stop_ids)
+        for response in tqdm(generator.generate(wanted, sampling), "sampling", len(wanted), file=sys.stdout):
+            book.add(response.key, {"ids": response.token_ids, "ended": response.stop_reason == "stop"})
+        release(generator)
+        del generator
+        gc.collect()
+    rows = [book.rows[request.key] for request in requests(plan, {})]
+    return [[Sequence(p.token_ids, r["ids"], r["ended"])] for p, r in zip(prompts, rows, strict=True)]
+
+
+def make_generator(args: argparse.Namespace):
+    """The back end, holding the policy alone."""
+    shared = {
+        "dtype": args.dtype,
+        "max_num_seqs": args.max_num_seqs,
+        "trust_remote_code": args.trust_remote_code,
+    }
+    if args.backend == "hf":
+        from generation.backend_hf import HFGenerator
+
+        return HFGenerator(args.model_name_or_path, None, **shared)
+    from generation.backend_vllm import VLLMGenerator
+
+    return VLLMGenerator(
+        args.model_name_or_path,
+        None,
+        max_length=args.max_input_length + args.max_new_tokens,
+        tensor_parallel_size=args.tensor_parallel_size,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        **shared,
+    )
+
+
+def release(generator) -> None:
+    """Gives the sampling engine's memory back: scoring needs it for two models."""
+    import torch
+
+    if hasattr(generator, "llm"):
+        generator.llm.llm_engine.engine_core.shutdown()
+    if default_device() == "cuda":
+        torch.cuda.empty_cache()
+
+
+def read_responses(args: argparse.Namespace, tokenizer) -> list[list]:
+    """The responses of a data file, grouped by prompt. Raises `UserError` if they are not the policy's."""
+    from evaluation.kl import Sequence
+
+    instances, settings = read_records(args.responses, ("responses", "stop_reasons"))
+    check_origin(args, settings.get("generate") or {})
+    groups = []
+    for row, instance in enumerate(instances):
+        prompt = encode_prompt(tokenizer, instance["prompt"])
+        if not prompt:
+            raise UserError(f"{args.responses}: row {row}: an empty prompt")
+        pairs = zip(instance["responses"], instance["stop_reasons"], strict=True)
+        groups.append(
+            [Sequence(prompt, encode_response(tokenizer, r, ended=False), why == "stop") for r, why in pairs]
+        )
+    return groups
+
+
+def check_origin(args: argparse.Namespace, made_with: dict) -> None:
+    """Raises `UserError` unless the responses come from the policy alone at the temperature of the command line."""
+    policy = made_with.get("policy")
+    if policy and os.path.realpath(policy) != os.path.realpath(args.model_name_or_path):
+        raise UserError(
+            f"{args.responses}: sampled from {policy}, not from the policy {args.model_name_or_path}"
+        )
+    temperature = made_with.get("temperature", args.temperature)
+    if temperature != args.temperature:
+        raise UserError(f"{args.responses}: sampled at temperature {temperature}, not {args.temperature}")
+    if any(weights != list(POLICY) for _, *sides in made_with.get("sampler", []) for weights in sides):
+        raise UserError(
+            f"{args.responses}: its sampler is not the policy alone, so it does not estimate its KL"
+        )
+
+
+def score(args: argparse.Namespace, groups: list[list], book: Journal, tokenizer) -> dict:
+    """The result; the journal keeps each response's score."""
+    from tqdm import tqdm
+
+    from evaluation.kl import LanguageModel, Score, batches, check_same_width, score_sequences, summarize
+
+    names = ((args.model_name_or_path, "policy"), (args.ref_model_name_or_path, "reference"))
+    models = [
+        LanguageModel(load_causal_lm(name, what, args.dtype, args.trust_remote_code).to(default_device()))
+        for name, what in names
+    ]
+    check_same_width(*models)
+    stop_ids = stop_token_ids(tokenizer, args.model_name_or_path)
+    sequences = [sequence for group in groups for sequence in group]
+    for batch in tqdm(list(batches(sequences, args.batch_size)), "scoring", file=sys.stdout):
+        if all(f"score {i}" in book.rows for i in batch):
+            continue
+        scores = score_sequences(*models, [sequences[i] for i in batch], args.temperature, stop_ids)
+        for i, found in zip(batch, scores, strict=True):
+            book.add(f"score {i}", found)
+    found = iter([Score(*book.rows[f"score {i}"]) for i in range(len(sequences))])
+    return summarize([[(sequence, next(found)) for sequence in group] for group in groups])
+
+
+def report(result: dict) -> str:
+    """One line for people."""
+    stderr = "?" if result["stderr"] is None else f"{result['stderr']:.4f}"
+    return (
+        f"KL {result['kl']:.4f} ± {stderr} nats a response ({result['kl_per_token']:.4f} a token) over "
+        f"{result['num_prompts']} prompts; log-ratio estimate {result['log_ratio_kl']:.4f}; "
+        f"{result['truncated_fraction']:.0%} of the responses cut at the length limit"
+    )
+
+
+if __name__ == "__main__":
+    run(main)
