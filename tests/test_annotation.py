@@ -244,3 +244,19 @@ def test_long_texts_are_cut_and_counted(reward_model):
     scores = scorer.score(["abcdefghi", "abcdefghijkl"])
     assert scorer.cut == 1
     assert scores[1] == pytest.approx(scores[0], abs=1e-6)
+
+
+def test_several_files_with_one_model(tmp_path, reward_model, annotate):
+    one = data_file(tmp_path / "one.json", [("a", ["b", "c"])])
+    two = data_file(tmp_path / "two.json", [("d", ["e"])])
+    annotate(*flags(one, reward_model, tmp_path / "out1.json"))
+    before = (tmp_path / "out1.json").stat().st_mtime_ns
+    said = annotate(
+        "--reward_name_or_path", reward_model, "--dataset_name_or_path", one, two,
+        "--output_file", tmp_path / "out1.json", tmp_path / "out2.json",
+    ).stdout  # fmt: skip
+    assert "out1.json: already done" in said and (tmp_path / "out1.json").stat().st_mtime_ns == before
+    [instance] = json.loads((tmp_path / "out2.json").read_text())["instances"]
+    assert instance["rewards"] == pytest.approx(alone(reward_model, ["de"]), abs=1e-4)
+    failed = annotate(*flags(one, reward_model, tmp_path / "x.json", tmp_path / "y.json"), check=False)
+    assert failed.returncode == 2 and "same number" in failed.stderr

@@ -48,23 +48,43 @@ def parser() -> Parser:
 
 def main() -> None:
     args = parser().parse_args()
+    todo = [(source, output) for source, output in files(args) if not is_annotated(args, source, output)]
+    if not todo:
+        return
+    scorer = load_scorer(args)
+    for source, output in todo:
+        annotate(args, scorer, source, output)
+
+
+def files(args) -> list[tuple[str, str]]:
+    """(input, output) of every data file. Raises `UserError` unless there is one output an input."""
     if len(args.dataset_name_or_path) != len(args.output_file):
-        raise UserError("--dataset_name_or_path and --output_file must have the same number of files")
-    scorer = None
-    for source, output in zip(args.dataset_name_or_path, args.output_file, strict=True):
-        instances, settings = read_records(source)
-        wanted = stage_settings(args, source)
-        if is_done(output, "annotate", wanted):
-            print(f"{output}: already done")
-            continue
-        scorer = scorer or load_scorer(args)
-        scorer.cut = 0
-        texts = all_texts(instances, settings, args, source, scorer.tokenizer)
-        with journal(output, wanted) as finished:
-            scores = score_all(scorer, texts, finished, source)
-            rows = with_rewards(instances, scores)
-            write_records(output, rows, {**settings, "annotate": wanted})
-        print(f"{output}: {summary(rows, scorer)}")
+        raise UserError("--dataset_name_or_path and --output_file must have the same number of values")
+    if len(set(args.output_file)) != len(args.output_file):
+        raise UserError("--output_file: the same file twice")
+    return list(zip(args.dataset_name_or_path, args.output_file, strict=True))
+
+
+def is_annotated(args, source: str, output: str) -> bool:
+    """Whether the output is there already; reads the input, so that a wrong one is refused before a model loads."""
+    read_records(source)
+    if not is_done(output, "annotate", stage_settings(args, source)):
+        return False
+    print(f"{output}: already done")
+    return True
+
+
+def annotate(args, scorer, source: str, output: str) -> None:
+    """Scores one data file."""
+    instances, settings = read_records(source)
+    wanted = stage_settings(args, source)
+    texts = all_texts(instances, settings, source, args.reward_template, scorer.tokenizer)
+    scorer.cut = 0
+    with journal(output, wanted) as finished:
+        scores = score_all(scorer, texts, finished, source)
+        rows = with_rewards(instances, scores)
+        write_records(output, rows, {**settings, "annotate": wanted})
+    print(f"{output}: {summary(rows, scorer)}")
 
 
 def stage_settings(args, source: str) -> dict:
@@ -96,14 +116,13 @@ def load_scorer(args):
 
 
 def all_texts(
-    instances: list[dict], settings: dict, args, source: str, tokenizer
+    instances: list[dict], settings: dict, source: str, template: str, tokenizer
 ) -> list[tuple[int, int, str]]:
     """(row, response index, text that the reward model reads), in file order."""
     policy_template = (settings.get("generate") or {}).get("template")
     found = []
     for row, instance in enumerate(instances):
-        where = f"{source}: row {row}"
-        texts = instance_texts(instance, args.reward_template, tokenizer, where, policy_template)
+        texts = instance_texts(instance, template, tokenizer, f"{source}: row {row}", policy_template)
         found += [(row, k, text) for k, text in enumerate(texts)]
     return found
 
