@@ -340,6 +340,28 @@ def test_bf16_saves_bf16(models, tmp_path):
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
+def test_dropout_is_off_and_tied_embeddings_are_saved(models, tmp_path):
+    """Dropout of 0.5 in the policy's configuration changes neither the loss nor what is saved of it."""
+    shape = {"attention_dropout": 0.5, "tie_word_embeddings": True}
+    policy = save_tiny_policy(tmp_path / "policy", seed=5, sharpness=3.0, **shape)
+    instances = make_instances()
+    data = write_data(tmp_path / "d.json", instances)
+    got = train((policy, models[1]), data, tmp_path / "out")
+    assert got[0] == pytest.approx(expected_loss((policy, models[1]), instances), abs=2e-6)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert saved.config.attention_dropout == 0.5
+    assert saved.lm_head.weight is saved.model.embed_tokens.weight
+
+
+def test_published_generation_config_does_not_lose_the_model(models, tmp_path):
+    """Some published models set a temperature with sampling off, which transformers refuses to save."""
+    policy = save_tiny_policy(tmp_path / "policy", seed=5)
+    path = policy / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "do_sample": False, "temperature": 0.9}))
+    assert train((policy, models[1]), write_data(tmp_path / "d.json", make_instances()), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["temperature"] == 0.9
+
+
 def test_held_out_prompts(models, tmp_path):
     """No prompt is on both sides, the split follows the seed, and evaluation is logged."""
     rows = [{"prompt": f"p{i % 10}", "row": i} for i in range(30)]
@@ -421,6 +443,8 @@ def test_long_prompts_and_responses_are_cut():
         ({"choose_type": "mixed_max_min"}, "row 0: no 'pairs'"),
         ({"eval_fraction": 1}, "--eval_fraction"),
         ({"per_device_train_batch_size": 0}, "--per_device_train_batch_size"),
+        ({"max_prompt_length": None, "max_length": 1}, "--max_prompt_length"),
+        ({"fp16": True}, "--fp16"),
         ({"save_only_model": True}, "--save_only_model"),
         ({"no_such_flag": 1}, "unrecognized arguments: --no_such_flag 1"),
         ({"use_lora": True, "lora_target_modules": "nothing"}, "--lora_target_modules nothing"),
@@ -442,6 +466,12 @@ def test_other_vocabulary_and_too_long_rows_are_refused(models, tmp_path):
     short = save_tiny_policy(tmp_path / "short", seed=1, context=8)
     with pytest.raises(UserError, match="tokens, the models read 8"):
         run_dpo.main(flags((short, models[1]), data, tmp_path / "out"))
+
+
+def test_a_single_prompt_cannot_be_held_out(models, tmp_path):
+    data = write_data(tmp_path / "d.json", make_instances(rows=1))
+    with pytest.raises(UserError, match="there is only one prompt"):
+        run_dpo.main(flags(models, data, tmp_path / "out", eval_fraction=0.5))
 
 
 def test_nothing_to_learn_from_is_an_error(models, tmp_path):

@@ -161,12 +161,6 @@ def as_scorer(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def as_model(scorer: torch.nn.Module) -> torch.nn.Module:
-    """Undoes `as_scorer`."""
-    del scorer.forward, scorer.logits_forward
-    return scorer
-
-
 def disable_dropout(model: torch.nn.Module) -> None:
     """Sets every dropout to 0: pi and pi_ref must be the same function of their weights."""
     for module in model.modules():

@@ -41,8 +41,9 @@ class DPOOptions:
         0.0, "Reward taken off per response token, for choose_type max_min_p only."
     )
     max_length: int = option(512, "Tokens of prompt + response; longer responses are cut.")
-    max_prompt_length: int = option(
-        256, "Tokens of the prompt; longer prompts are cut from the left, BOS stays."
+    max_prompt_length: int | None = option(
+        None,
+        "Tokens of the prompt; longer ones are cut from the left, BOS stays. Default: half of max_length.",
     )
     eval_fraction: float = option(
         0.0, "Share of the prompts held out from training for evaluation, 0 to below 1."
@@ -55,6 +56,10 @@ class DPOOptions:
     lora_target_modules: str = option("all-linear", "Modules to adapt, separated by commas, or all-linear.")
     attn_implementation: str = option("sdpa", "Attention kernels: sdpa, eager, flash_attention_2.")
     trust_remote_code: bool = option(False, "Run code that comes with a model. Off: such models are refused.")
+
+    def __post_init__(self) -> None:
+        if self.max_prompt_length is None:
+            self.max_prompt_length = self.max_length // 2
 
 
 @dataclass
@@ -70,7 +75,9 @@ class DPOTrainingArguments(TrainingArguments):
     logging_steps: float = option(1, "Optimizer steps between log lines.")
     logging_first_step: bool = option(True, "Log the first step, whatever logging_steps is.")
     logging_nan_inf_filter: bool = option(False, "Leave it off: it hides losses that are not numbers.")
-    ddp_find_unused_parameters: bool = option(False, "Every parameter has a gradient here: nothing to look for.")
+    ddp_find_unused_parameters: bool = option(
+        False, "Every parameter has a gradient here: nothing to look for."
+    )
     save_total_limit: int = option(
         1, "Checkpoints kept while training; the newest one is what a restart needs."
     )
@@ -82,7 +89,9 @@ class DPOTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None:
-            self.bf16 = not (self.fp16 or self.use_cpu) and default_dtype() == "bfloat16"
+            self.bf16 = not self.use_cpu and default_dtype() == "bfloat16"
+        # The flag wins over what the launcher was told.
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if self.bf16 else "no"
         self.remove_unused_columns = False  # our columns are no arguments of the model's forward
         super().__post_init__()
 
@@ -142,6 +151,8 @@ def check(options: DPOOptions, training: DPOTrainingArguments) -> None:
         "--save_steps: must be above 0": training.save_steps <= 0,
         "--save_only_model: a restart would need the optimizer too": training.save_only_model,
         "--lora_r: must be above 0": options.lora_r <= 0,
+        "--fp16: is not supported, use --bf16": training.fp16,
+        "--resume_from_checkpoint: a run continues by itself": training.resume_from_checkpoint is not None,
     }
     for message, is_wrong in wrong.items():
         if is_wrong:
@@ -172,7 +183,6 @@ SHAPING = (
     "seed",
     "data_seed",
     "bf16",
-    "fp16",
 )
 
 

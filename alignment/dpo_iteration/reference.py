@@ -102,7 +102,8 @@ def compute(rows: list[dict], options, training, dtype: str, autocast: bool) -> 
     size = training.per_device_eval_batch_size
     batches = share([order[i : i + size] for i in range(0, len(order), size)])
     found = []
-    for batch in tqdm(batches, desc="reference", disable=not training.should_log, mininterval=5):
+    quiet = training.disable_tqdm or not training.should_log
+    for batch in tqdm(batches, desc="reference", disable=quiet, mininterval=5):
         chosen, rejected = _score(model, [rows[i] for i in batch], training.device, autocast)
         found += zip(batch, chosen, rejected, strict=True)
     del model

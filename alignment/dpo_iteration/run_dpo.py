@@ -84,6 +84,10 @@ def make_rows(options, instances: list[dict], seed: int) -> list[dict]:
     report(instances, rows, dropped, counts)
     if not rows:
         raise UserError(f"{options.train_dir}: no prompt has two different responses with unequal rewards")
+    if not all(row["prompt_ids"] for row in rows):
+        raise UserError(f"{options.train_dir}: a prompt has no tokens, so nothing predicts its responses")
+    if options.eval_fraction and len({row["prompt"] for row in rows}) < 2:
+        raise UserError(f"--eval_fraction {options.eval_fraction}: there is only one prompt")
     longest = max(
         len(row["prompt_ids"] + max(row["chosen_ids"], row["rejected_ids"], key=len)) for row in rows
     )
