@@ -1,0 +1,182 @@
+"""The figures of an evaluation, each as PNG and PDF. Colours are the samplers' own in every figure of the project."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from bandit.palette import color_of
+from evaluation.run_files import BASE, FIRST, JUDGES, Model, Run, trajectory
+from evaluation.stats import Estimate
+from evaluation.tables import Row, last_models, win_rate
+
+SHARED_COLOR = "#555555"
+JUDGE_NAMES = {"reward": "training reward model", "judge": "second judge"}
+
+
+def save_figures(
+    run: Run, rows: dict[Model, Row], samplers: list[str], iterations: int, folder: Path, seed: int
+) -> dict:
+    """Draws every figure for which there are data; returns name → (caption, PNG path)."""
+    last = last_models(run, samplers, iterations)
+    drawings = {
+        "reward_vs_iteration": (
+            reward_vs_iteration(rows, samplers, iterations),
+            "Mean reward after each iteration; iteration 1 is shared. Bars: 95% bootstrap intervals over prompts.",
+        ),
+        "reward_vs_kl": (
+            reward_vs_kl(rows, samplers, iterations),
+            "Mean reward on the test prompts against the KL from the base; lines join the iterations. Bars: 95%.",
+        ),
+        "win_rates": (
+            win_rates(run, last, seed),
+            "Share of test prompts on which the row's model scores higher than the column's (%); ties count half.",
+        ),
+        "reward_distributions": (
+            reward_distributions(run, last),
+            "Scores of the responses to the test prompts; the line is the mean.",
+        ),
+    }
+    saved = {}
+    for name, (figure, caption) in drawings.items():
+        if figure is None:
+            continue
+        for ending in ("png", "pdf"):
+            # No date in the file: the same results give the same bytes.
+            metadata = {"CreationDate": None} if ending == "pdf" else None
+            figure.savefig(folder / f"{name}.{ending}", dpi=160, bbox_inches="tight", metadata=metadata)
+        plt.close(figure)
+        saved[name] = (caption, folder / f"{name}.png")
+    return saved
+
+
+def _bars(estimates: list[Estimate]) -> np.ndarray:
+    """Error bar lengths [2, M]; 0 where there is no interval."""
+    bounds = [(e.value - e.low, e.high - e.value) if e.low is not None else (0, 0) for e in estimates]
+    return np.maximum(np.array(bounds).T, 0)
+
+
+def _color(model: Model) -> str:
+    return SHARED_COLOR if model in (BASE, FIRST) else color_of(model.label)
+
+
+def _axes(count: int, width: float, height: float):
+    figure, axes = plt.subplots(
+        1, count, figsize=(width * count, height), squeeze=False, layout="constrained"
+    )
+    for ax in axes[0]:
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, list(axes[0])
+
+
+def reward_vs_iteration(rows: dict[Model, Row], samplers: list[str], iterations: int):
+    """One panel for each kind of score that is there; one line a sampler."""
+    titles = {
+        "test_reward": "test prompts",
+        "train_reward": "train prompts",
+        "judge_reward": "test prompts, second judge",
+    }
+    shown = [c for c in titles if any(row[c] for row in rows.values())]
+    figure, axes = _axes(len(shown), 4.4, 3.6)
+    for ax, column in zip(axes, shown, strict=True):
+        for i, sampler in enumerate(samplers):
+            models = [m for m in trajectory(sampler, iterations) if rows[m][column]]
+            estimates = [rows[m][column] for m in models]
+            # Side by side, so that the bars of the samplers can be told apart.
+            shift = 0.06 * (i - (len(samplers) - 1) / 2)
+            x = [m.iteration + (shift if m.iteration > 1 else 0) for m in models]
+            y = [e.value for e in estimates]
+            ax.plot(x, y, color=color_of(sampler), label=sampler)
+            own = [k for k, m in enumerate(models) if m.iteration > 1]
+            if own:
+                bars = _bars([estimates[k] for k in own])
+                x_own, y_own = [x[k] for k in own], [y[k] for k in own]
+                ax.errorbar(x_own, y_own, bars, fmt="o", color=color_of(sampler), capsize=3)
+        shared = [m for m in (BASE, FIRST) if m in rows and rows[m][column]]
+        if shared:
+            estimates = [rows[m][column] for m in shared]
+            y = [e.value for e in estimates]
+            ax.errorbar(
+                [m.iteration for m in shared], y, _bars(estimates), fmt="o", color=SHARED_COLOR, capsize=3
+            )
+        ax.set(title=titles[column], xlabel="iteration", xticks=range(iterations + 1))
+    axes[0].set_ylabel("mean reward")
+    axes[-1].legend(frameon=False)
+    return figure
+
+
+def reward_vs_kl(rows: dict[Model, Row], samplers: list[str], iterations: int):
+    """Reward against KL; None while no trained model has a KL."""
+    usable = {m for m, row in rows.items() if row["kl"] and row["test_reward"]}
+    if not usable - {BASE}:
+        return None
+    figure, [ax] = _axes(1, 6, 4.2)
+    for sampler in samplers:
+        models = [m for m in trajectory(sampler, iterations) if m in usable]
+        x, y = ([rows[m][c].value for m in models] for c in ("kl", "test_reward"))
+        ax.plot(x, y, color=color_of(sampler), label=sampler, linewidth=1.4)
+    for model in usable:
+        kl, reward = rows[model]["kl"], rows[model]["test_reward"]
+        bars = {"xerr": _bars([kl]), "yerr": _bars([reward])}
+        ax.errorbar(
+            [kl.value], [reward.value], **bars, fmt="o", color=_color(model), capsize=2, elinewidth=0.8
+        )
+        text = "base" if model == BASE else str(model.iteration)
+        ax.annotate(text, (kl.value, reward.value), xytext=(5, 5), textcoords="offset points", fontsize=9)
+    ax.set(xlabel="KL from the base model (nats a response)", ylabel="mean reward, test prompts")
+    ax.legend(frameon=False)
+    return figure
+
+
+def win_rates(run: Run, models: list[Model], seed: int):
+    """A matrix for each judge; None while fewer than two models have answers."""
+    panels = {}
+    for judge in JUDGES:
+        there = [m for m in models if (judge, "test", m) in run.answers]
+        if len(there) > 1:
+            panels[judge] = there
+    if not panels:
+        return None
+    side = 1.5 + 0.8 * max(map(len, panels.values()))
+    figure, axes = _axes(len(panels), side + 1, side)
+    for ax, (judge, there) in zip(axes, panels.items(), strict=True):
+        values = np.full((len(there), len(there)), np.nan)
+        for i, ours in enumerate(there):
+            for j, theirs in enumerate(there):
+                if i != j:
+                    values[i, j] = win_rate(run, judge, ours, theirs, seed).value
+                    ink = "white" if abs(values[i, j] - 0.5) > 0.3 else "black"
+                    ax.text(j, i, f"{100 * values[i, j]:.0f}", ha="center", va="center", color=ink)
+        ax.imshow(values, cmap="RdBu", vmin=0, vmax=1)
+        names = [_short(model) for model in there]
+        ax.set_xticks(range(len(there)), names, rotation=35, ha="right")
+        ax.set_yticks(range(len(there)), names)
+        ax.set_title(f"wins of row against column (%)\n{JUDGE_NAMES[judge]}", fontsize=11)
+    return figure
+
+
+def reward_distributions(run: Run, models: list[Model]):
+    """A violin for every model, a panel for each judge."""
+    panels = {judge: [m for m in models if (judge, "test", m) in run.answers] for judge in JUDGES}
+    panels = {judge: there for judge, there in panels.items() if there}
+    if not panels:
+        return None
+    figure, axes = _axes(len(panels), 1.5 + 0.75 * max(map(len, panels.values())), 3.8)
+    for ax, (judge, there) in zip(axes, panels.items(), strict=True):
+        values = [run.answers[judge, "test", model].rewards for model in there]
+        parts = ax.violinplot(values, showmeans=True, showextrema=False, widths=0.8)
+        for body, model in zip(parts["bodies"], there, strict=True):
+            body.set(facecolor=_color(model), alpha=0.55)
+        parts["cmeans"].set_color("black")
+        ax.set_xticks(range(1, len(there) + 1), [_short(m) for m in there], rotation=35, ha="right")
+        ax.set_title(JUDGE_NAMES[judge], fontsize=11)
+    axes[0].set_ylabel("score, test prompts")
+    return figure
+
+
+def _short(model: Model) -> str:
+    return {BASE: "base", FIRST: "iteration 1"}.get(model, f"{model.label} {model.iteration}")
