@@ -63,7 +63,7 @@ def test_bootstrap_of_a_mean_is_near_the_normal_interval():
 
 def test_one_prompt_has_no_interval():
     assert mean_interval(np.array([2.5]), seed=0) == Estimate(2.5)
-    assert cell(Estimate(2.5)) == "2.50" and cell(None) == MISSING
+    assert cell(Estimate(2.5)) == "2.50" and cell(Estimate(-0.001)) == "0.00" and cell(None) == MISSING
     assert cell(Estimate(0.5, 0.25, 0.755), 1, percent=True) == "50.0% [25.0, 75.5]"
 
 
@@ -172,6 +172,7 @@ def test_summary_of_a_constructed_run(run_dir):
     assert rows[MIXP]["cut"].value == 1 and rows[BASE]["cut"].value == 0
     assert rows[BASE]["length"].value == pytest.approx(19.5)
     assert rows[BASE]["kl"].value == 0 and rows[ONLINE]["kl"].value == 5
+    assert rows[BASE]["win_rate"] == Estimate(0.5) and rows[BASE]["test_gain"] == Estimate(0.0)
     half = 1.96 * 1 / math.sqrt(3)
     assert rows[ONLINE]["kl"][1:] == pytest.approx((5 - half, 5 + half))
     assert rows[MIXP]["kl"] is None and rows[MIXP]["judge_win_rate"] is None
@@ -181,7 +182,7 @@ def test_summary_of_a_constructed_run(run_dir):
     table = summary_table(rows)
     assert table[4][0] == "mixp, iteration 2" and table[4].count(MISSING) == 3
     text = markdown(table)
-    assert text.count("\n") == 6 and "| mixp, iteration 2 | " in text
+    assert text.count("\n") == 6 and "\n| mixp, iteration 2 " in text
     lines = list(csv.DictReader(io.StringIO(summary_csv(rows))))
     assert [(line["sampler"], line["iteration"]) for line in lines] == [
         ("base", "0"),

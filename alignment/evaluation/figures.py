@@ -26,7 +26,8 @@ def save_figures(
     drawings = {
         "reward_vs_iteration": (
             reward_vs_iteration(rows, samplers, iterations),
-            "Mean reward after each iteration; iteration 1 is shared. Bars: 95% bootstrap intervals over prompts.",
+            "Mean reward after each iteration; iteration 1 is shared (grey). Bars: 95% intervals over prompts. All "
+            "models answer the same prompts: their paired differences (table above) are tighter than these bars.",
         ),
         "reward_vs_kl": (
             reward_vs_kl(rows, samplers, iterations),
@@ -84,29 +85,30 @@ def reward_vs_iteration(rows: dict[Model, Row], samplers: list[str], iterations:
     figure, axes = _axes(len(shown), 4.4, 3.6)
     for ax, column in zip(axes, shown, strict=True):
         for i, sampler in enumerate(samplers):
-            models = [m for m in trajectory(sampler, iterations) if rows[m][column]]
-            estimates = [rows[m][column] for m in models]
             # Side by side, so that the bars of the samplers can be told apart.
             shift = 0.06 * (i - (len(samplers) - 1) / 2)
-            x = [m.iteration + (shift if m.iteration > 1 else 0) for m in models]
-            y = [e.value for e in estimates]
-            ax.plot(x, y, color=color_of(sampler), label=sampler)
-            own = [k for k, m in enumerate(models) if m.iteration > 1]
-            if own:
-                bars = _bars([estimates[k] for k in own])
-                x_own, y_own = [x[k] for k in own], [y[k] for k in own]
-                ax.errorbar(x_own, y_own, bars, fmt="o", color=color_of(sampler), capsize=3)
-        shared = [m for m in (BASE, FIRST) if m in rows and rows[m][column]]
-        if shared:
-            estimates = [rows[m][column] for m in shared]
-            y = [e.value for e in estimates]
-            ax.errorbar(
-                [m.iteration for m in shared], y, _bars(estimates), fmt="o", color=SHARED_COLOR, capsize=3
-            )
+            models = [m for m in trajectory(sampler, iterations) if rows[m][column]]
+            places = [m.iteration + (shift if m.iteration > 1 else 0) for m in models]
+            _line(ax, sampler, models, places, [rows[m][column] for m in models])
         ax.set(title=titles[column], xlabel="iteration", xticks=range(iterations + 1))
     axes[0].set_ylabel("mean reward")
     axes[-1].legend(frameon=False)
     return figure
+
+
+def _line(
+    ax, sampler: str, models: list[Model], x: list[float], estimates: list[Estimate], xerr=None
+) -> None:
+    """A sampler's points with their bars, joined by a line; what all samplers share is grey."""
+    y, yerr = [e.value for e in estimates], _bars(estimates)
+    ax.plot(x, y, color=color_of(sampler), label=sampler, linewidth=1.4)
+    shared = sum(m in (BASE, FIRST) for m in models)
+    ax.plot(x[:shared], y[:shared], color=SHARED_COLOR, linewidth=1.4)
+    for k, model in enumerate(models):
+        bars = {"yerr": yerr[:, k : k + 1], "xerr": None if xerr is None else xerr[:, k : k + 1]}
+        ax.errorbar(
+            x[k], y[k], **bars, fmt="o", color=_color(model), capsize=2.5, elinewidth=0.9, markersize=5
+        )
 
 
 def reward_vs_kl(rows: dict[Model, Row], samplers: list[str], iterations: int):
@@ -114,19 +116,17 @@ def reward_vs_kl(rows: dict[Model, Row], samplers: list[str], iterations: int):
     usable = {m for m, row in rows.items() if row["kl"] and row["test_reward"]}
     if not usable - {BASE}:
         return None
-    figure, [ax] = _axes(1, 6, 4.2)
-    for sampler in samplers:
+    figure, [ax] = _axes(1, 6.4, 4.4)
+    for i, sampler in enumerate(samplers):
         models = [m for m in trajectory(sampler, iterations) if m in usable]
-        x, y = ([rows[m][c].value for m in models] for c in ("kl", "test_reward"))
-        ax.plot(x, y, color=color_of(sampler), label=sampler, linewidth=1.4)
-    for model in usable:
-        kl, reward = rows[model]["kl"], rows[model]["test_reward"]
-        bars = {"xerr": _bars([kl]), "yerr": _bars([reward])}
-        ax.errorbar(
-            [kl.value], [reward.value], **bars, fmt="o", color=_color(model), capsize=2, elinewidth=0.8
-        )
-        text = "base" if model == BASE else str(model.iteration)
-        ax.annotate(text, (kl.value, reward.value), xytext=(5, 5), textcoords="offset points", fontsize=9)
+        kl, rewards = ([rows[m][c] for m in models] for c in ("kl", "test_reward"))
+        _line(ax, sampler, models, [e.value for e in kl], rewards, xerr=_bars(kl))
+        for model, x, y in zip(models, kl, rewards, strict=True):
+            # Every sampler writes in its own corner of the point, so that neighbours stay legible.
+            corner = (6, -13) if model in (BASE, FIRST) else ((6, 6), (6, -13), (-12, 6), (-12, -13))[i % 4]
+            text = "base" if model == BASE else str(model.iteration)
+            at = {"xy": (x.value, y.value), "xytext": corner, "textcoords": "offset points"}
+            ax.annotate(text, **at, fontsize=9, color=_color(model))
     ax.set(xlabel="KL from the base model (nats a response)", ylabel="mean reward, test prompts")
     ax.legend(frameon=False)
     return figure

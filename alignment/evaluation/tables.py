@@ -62,8 +62,9 @@ def _summary_row(run: Run, model: Model, seed: int) -> Row:
         for n in (1, 2):
             share = distinct(texts, n)
             row[f"distinct_{n}"] = None if share is None else Estimate(share)
-    if model == BASE:
-        row["kl"] = Estimate(0.0)  # of the base model from itself
+    if model == BASE:  # beside itself
+        row |= {"kl": Estimate(0.0), "test_gain": Estimate(0.0) if test else None}
+        row |= {c: row[c] and Estimate(0.5) for c in ("win_rate", "judge_win_rate")}
     elif model in run.kl:
         row["kl"] = normal_interval(run.kl[model]["kl"], run.kl[model]["stderr"])
     return row
@@ -117,7 +118,8 @@ def cell(estimate: Estimate | None, digits: int = 2, percent: bool = False) -> s
     if estimate is None:
         return MISSING
     scale, unit = (100, "%") if percent else (1, "")
-    value, *bounds = (None if v is None else f"{v * scale:.{digits}f}" for v in estimate)
+    # Adding 0.0 turns the -0.0 that rounding may leave into 0.0.
+    value, *bounds = (None if v is None else f"{round(v * scale, digits) + 0.0:.{digits}f}" for v in estimate)
     return f"{value}{unit}" + ("" if None in bounds else f" [{bounds[0]}, {bounds[1]}]")
 
 
@@ -195,9 +197,11 @@ def verdict(run: Run, samplers: list[str], iterations: int, seed: int) -> str:
 
 
 def markdown(table: list[list[str]]) -> str:
-    """A table in Markdown."""
-    lines = ["| " + " | ".join(row) + " |" for row in table]
-    return "\n".join([lines[0], "|" + " --- |" * len(table[0]), *lines[1:]]) + "\n"
+    """A table in Markdown, its columns aligned so that it is read as easily in a terminal."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    rows = [table[0], ["-" * width for width in widths], *table[1:]]
+    lines = [" | ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)) for row in rows]
+    return "".join(f"| {line} |\n" for line in lines)
 
 
 def summary_csv(rows: dict[Model, Row]) -> str:
