@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import subprocess
 import sys
 
 import pytest
@@ -121,11 +122,38 @@ def test_sampled_estimate_agrees_with_the_enumerated_kl(tmp_path, monkeypatch, p
     assert result["num_prompts"] == 600 and result["settings"]["kl"]["temperature"] == temperature
 
 
+def test_vllm_samples_the_same_policy(tmp_path):
+    """The real engine and command line, against the enumeration."""
+    tokenizer = tiny_tokenizer(characters="ab")
+    folders = [
+        save_tiny_policy(tmp_path / str(i), seed=i, tokenizer=tokenizer, hidden=64, sharpness=6.0)
+        for i in (1, 2)
+    ]
+    responses = all_responses(*map(load, folders), [BOS, 4, 5, 5], 0.7)
+    truth = math.fsum(math.exp(p) * (p - q) for _, p, q in responses)
+    cut = math.fsum(math.exp(p) for s, p, _ in responses if not s.ended)
+    data = prompts_file(tmp_path / "prompts.jsonl", ["abb"] * 300)
+    words = flags(
+        folders,
+        tmp_path / "kl.json",
+        dataset_name_or_path=data,
+        temperature=0.7,
+        backend="vllm",
+        batch_size=50,
+    )
+    done = subprocess.run([sys.executable, get_kl.__file__, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "kl.json").read_text())
+    assert abs(result["kl"] - truth) < 4 * result["stderr"] < truth
+    assert abs(result["truncated_fraction"] - cut) < 4 * math.sqrt(0.25 / 300)
+
+
 @pytest.mark.parametrize("batch_size", [1, 7, 600])
 def test_batch_size_changes_nothing(pair, enumerated, batch_size):
     temperature, responses = enumerated
     sequences = [s for s, _, _ in responses]
     models = [LanguageModel(load(folder)) for folder in pair]
+    sequences = sequences[:: max(1, 30 // batch_size)]  # few sequences for the small batches, which are slow
     alone = [score_sequences(*models, [s], temperature, [EOS])[0] for s in sequences[::23]]
     chunks = [sequences[i : i + batch_size] for i in range(0, len(sequences), batch_size)]
     together = [s for c in chunks for s in score_sequences(*models, c, temperature, [EOS])][::23]

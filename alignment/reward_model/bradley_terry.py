@@ -1,4 +1,7 @@
-"""The Bradley-Terry loss and its trainer: same texts, tokens and padding as annotation uses."""
+"""The Bradley-Terry loss and its trainer: same texts, tokens and padding as annotation uses.
+
+Not trl's RewardTrainer: it pads with the tokenizer's own pad token, which scores the wrong token where that is EOS.
+"""
 
 import torch
 import torch.nn.functional as F
