@@ -1,0 +1,159 @@
+"""generate.py through its real command line: the contract, resuming, and wrong input."""
+
+import json
+
+import pytest
+from commands import python
+from tiny import CHARACTERS, save_tiny_policy, tiny_tokenizer
+
+from common.records import journal_path, read_records
+
+PROMPTS = ["hello there", "a cat", "what is this? please say.", "no", "why, oh why", "zebra"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a policy, a reference (another shape) and prompts."""
+    folder = tmp_path_factory.mktemp("generate")
+    save_tiny_policy(folder / "policy", 0, hidden=64, layers=2, heads=2)
+    save_tiny_policy(folder / "reference", 1, hidden=128, layers=1, heads=2)
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
+    return folder
+
+
+def generate(place, output, *more, backend="hf", sampler=("--sampler", "mixp")):
+    return python(
+        "generation/generate.py",
+        *("--model_name_or_path", place / "policy", "--ref_model_name_or_path", place / "reference"),
+        *("--dataset_name_or_path", place / "prompts.jsonl", *sampler),
+        *("--temperature", 1.0, "--max_new_tokens", 8, "--max_input_length", 40, "--seed", 5),
+        *("--output_file", output, "--backend", backend, *more),
+    )
+
+
+def one_line_error(result, *parts):
+    """Exit code 2 and one line on standard error that holds `parts`; no stack trace."""
+    assert result.returncode == 2, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, result.stderr
+    for part in parts:
+        assert part in lines[0]
+
+
+@pytest.fixture(scope="module")
+def finished(place):
+    result = generate(place, place / "vllm.json", "--K", 4, backend="vllm")
+    assert result.returncode == 0, result.stderr
+    return place / "vllm.json"
+
+
+def test_output_is_the_contract(place, finished):
+    instances, settings = read_records(finished, ("responses", "pairs", "stop_reasons", "num_tokens"))
+    assert [i["prompt"] for i in instances] == PROMPTS
+    assert all(len(i["responses"]) == 4 and set(i["stop_reasons"]) <= {"stop", "length"} for i in instances)
+    assert all(n <= 8 for i in instances for n in i["num_tokens"])
+    made = settings["generate"]
+    assert (made["K"], made["temperature"], made["seed"], made["backend"]) == (4, 1.0, 5, "vllm")
+    assert made["sampler"] == [[1.0, [1.5, -0.5], [0.5, 0.5]]]
+    assert not journal_path(finished).exists()
+
+
+def test_second_run_does_nothing_and_other_settings_are_refused(place, finished):
+    before = finished.read_bytes()
+    again = generate(place, finished, "--K", 4, backend="vllm")
+    assert again.returncode == 0 and "already complete" in again.stdout
+    one_line_error(generate(place, finished, "--K", 2, backend="vllm"), "K=4", "K=2")
+    assert finished.read_bytes() == before
+
+
+def test_continuing_gives_the_same_file(place, finished, tmp_path):
+    """A journal with some of the responses, as a kill leaves it, in an order that a kill may leave."""
+    instances, settings = read_records(finished)
+    output = tmp_path / "out.json"
+    rows = []
+    for index, j in [(4, 1), (0, 0), (0, 3), (2, 2), (5, 0)]:
+        instance = instances[index]
+        row = {
+            "text": instance["responses"][j],
+            "stop_reason": instance["stop_reasons"][j],
+            "num_tokens": instance["num_tokens"][j],
+        }
+        rows.append({"key": f"{index}.{j}", "row": row})
+    text = "".join(json.dumps(line) + "\n" for line in [settings["generate"], *rows])
+    journal_path(output).write_text(text + '{"key": "1.1", "row": {"te')
+    result = generate(place, output, "--K", 4, backend="vllm")
+    assert result.returncode == 0, result.stderr
+    assert output.read_bytes() == finished.read_bytes()
+    assert [p.name for p in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_slices_are_parts_of_the_whole_and_policy_alone_equals_its_side_of_gshf(place, tmp_path):
+    """(1, 0) in the mixture engine against an engine of the policy alone, same seeds."""
+    both = generate(place, tmp_path / "gshf.json", backend="vllm", sampler=("--sampler", "gshf"))
+    parts = [tmp_path / "a.json", tmp_path / "b.json"]
+    alone = python(
+        "generation/generate.py",
+        *("--model_name_or_path", place / "policy", "--dataset_name_or_path", place / "prompts.jsonl"),
+        *("--sampler", "online", "--temperature", 1.0, "--max_new_tokens", 8, "--max_input_length", 40),
+        *("--seed", 5, "--start", 0, 2, "--end", 2, 6, "--output_file", *parts),
+    )
+    assert (both.returncode, alone.returncode) == (0, 0), both.stderr + alone.stderr
+    gshf, _ = read_records(tmp_path / "gshf.json")
+    online = read_records(parts[0])[0] + read_records(parts[1])[0]
+    assert [i["prompt"] for i in online] == PROMPTS
+    assert [i["responses"][1] for i in gshf] == [i["responses"][1] for i in online]
+    assert [i["responses"][0] for i in gshf] != [i["responses"][0] for i in online]
+
+
+def test_greedy_backends_write_the_same_instances(place, tmp_path):
+    for backend in ("vllm", "hf"):
+        result = generate(place, tmp_path / f"{backend}.json", "--temperature", 0, backend=backend)
+        assert result.returncode == 0, result.stderr
+    assert read_records(tmp_path / "vllm.json")[0] == read_records(tmp_path / "hf.json")[0]
+
+
+def test_refusals_before_a_model_is_loaded(place, tmp_path):
+    save_tiny_policy(tmp_path / "other", 2, tokenizer=tiny_tokenizer(characters=CHARACTERS[::-1]))
+    (tmp_path / "empty.json").write_text("[]")
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled" / "config.json").write_text("{}")
+    (tmp_path / "pickled" / "pytorch_model.bin").write_text("")
+    output = tmp_path / "out.json"
+    cases = [
+        (("--ref_model_name_or_path", tmp_path / "other"), ("vocabular",)),
+        (("--K", 3), ("--K 3", "even")),
+        (("--dataset_name_or_path", tmp_path / "empty.json"), ("empty.json", "no prompts")),
+        (("--dataset_name_or_path", tmp_path / "none.json"), ("none.json", "no such file")),
+        (("--model_name_or_path", tmp_path / "absent"), ("absent", "no such folder")),
+        (("--model_name_or_path", tmp_path / "pickled"), ("pickled", "safetensors")),
+        (("--max_input_length", 250), ("250", "256")),
+        (("--temperature", -1), ("--temperature", "'-1'")),
+        (("--K", "two"), ("--K", "'two'")),
+        (("--seed", -3), ("--seed",)),
+        (("--template", "mine"), ("--template",)),
+        (("--what", 1), ("--what",)),
+        (("--start", 3, "--end", 2), ("empty slice",)),
+        (("--output_file", place / "prompts.jsonl" / "out.json"), ("prompts.jsonl",)),
+    ]
+    for flags, parts in cases:
+        one_line_error(generate(place, output, *flags), *parts)
+    for sampler, part in [
+        (("--sampler", "best"), "unknown sampler 'best'"),
+        (("--pairs", "[[2,[1,0],[1,0]]]"), "sum to 1"),
+        (("--family", "1", "1", "2"), "--family"),
+    ]:
+        one_line_error(generate(place, output, sampler=sampler), part)
+    assert not output.exists() and not journal_path(output).exists()
+
+
+def test_help_explains_every_flag():
+    result = python("generation/generate.py", "--help")
+    assert result.returncode == 0
+    for flag in (
+        "--sampler",
+        "--pairs",
+        "--max_num_seqs",
+        "--tensor_parallel_size",
+        "--gpu_memory_utilization",
+    ):
+        assert flag in result.stdout
