@@ -188,6 +188,8 @@ def test_only_the_missing_texts_are_scored_again(reward_model):
     rest = dict(scorer.stream(TEXTS, skip={0, 3, 7}))
     assert set(rest) == set(range(len(TEXTS))) - {0, 3, 7}
     assert all(rest[i] == whole[i] for i in rest)  # bit for bit: the batches stay the same
+    scorer.forward = None  # nothing is left to compute
+    assert list(scorer.stream(TEXTS, skip=set(whole))) == []
 
 
 @pytest.mark.parametrize(
