@@ -69,7 +69,7 @@ def save_config(folder: Path, settings: dict, derived: dict) -> None:
 def save_trajectories(
     folder: Path, results: dict[tuple[str, str], dict[str, np.ndarray]], rewards: np.ndarray
 ) -> None:
-    """trajectories.npz: '<sampler>/<mode>/<series>' [envs, T + 1] and 'rewards' [envs, |Y|], float64."""
+    """trajectories.npz: '<sampler>/<mode>/<series>' [envs, T] and 'rewards' [envs, |Y|], float64."""
     arrays = {
         f"{name}/{mode}/{key}": values
         for (name, mode), series in results.items()

@@ -51,7 +51,7 @@ def _positive(values: np.ndarray, log: bool) -> np.ndarray:
 
 
 def draw_curve(axes: Axes, values: np.ndarray, name: str, mode: str, label: str, log: bool) -> None:
-    """Median of values [envs, T + 1] and, with several environments, the 10-90% band."""
+    """Median of values [envs, T] and, with several environments, the 10-90% band."""
     updates = np.arange(values.shape[1])
     color = color_of(name)
     if len(values) > 1:

@@ -21,31 +21,36 @@ class Diverged(ValueError):
 def run(
     bandit: Bandit, increment: exact.Increment, num_iter: int, progress: Callable[[int], object] | None = None
 ) -> dict[str, np.ndarray]:
-    """Iterates num_iter updates from the reference policy.
+    """Iterates from the reference policy.
 
     Returns:
-        The series of `metrics.measure`, each [envs, num_iter + 1]; column t is the state after t updates.
+        The series of `metrics.measure`, each [envs, num_iter]; column t is the state after t updates, so column 0
+        is the reference policy and the last column the state after num_iter - 1 updates.
 
     Raises:
         Diverged: a state is not finite.
     """
     out = np.empty_like(bandit.rewards)
-    block = min(num_iter, max(1, BLOCK_NUMBERS // bandit.rewards.size))
+    updates = num_iter - 1
+    block = max(1, min(updates, BLOCK_NUMBERS // bandit.rewards.size))
     states = np.zeros((block + 1, *bandit.rewards.shape), bandit.rewards.dtype)
     rows = list(states)
     wide = Bandit(bandit.rewards.astype(np.float64), bandit.log_ref.astype(np.float64), bandit.beta)
-    series = {name: np.empty((len(bandit.rewards), num_iter + 1)) for name in NAMES}
-    for start in range(0, num_iter, block):
-        steps = min(block, num_iter - start)
+    series = {name: np.empty((len(bandit.rewards), num_iter)) for name in NAMES}
+
+    def record(first: int, measured_states: np.ndarray) -> None:
+        for name, values in measure(wide, measured_states.astype(np.float64, copy=False)).items():
+            series[name][:, first : first + len(measured_states)] = values
+
+    record(0, states[:1])
+    for start in range(0, updates, block):
+        steps = min(block, updates - start)
         for now, after in pairwise(rows[: steps + 1]):
             increment(now, out)
             np.add(now, out, after)
         if not np.isfinite(states[steps]).all():
             raise Diverged(f"the iteration diverged before update {start + steps}; use a smaller --lr")
-        first = 0 if start == 0 else 1
-        measured = measure(wide, states[first : steps + 1].astype(np.float64, copy=False))
-        for name, values in measured.items():
-            series[name][:, start + first : start + steps + 1] = values
+        record(start + 1, states[1 : steps + 1])
         states[0] = states[steps]
         if progress is not None:
             progress(steps)

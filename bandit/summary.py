@@ -12,13 +12,13 @@ FLOOR = 1e-13
 
 
 def first_below(errors: np.ndarray, threshold: float) -> float:
-    """First update after which errors [T + 1] is <= threshold; NaN if none."""
+    """First update after which errors [T] is <= threshold; NaN if none."""
     below = np.flatnonzero(errors <= threshold)
     return float(below[0]) if below.size else np.nan
 
 
 def order_and_rate(errors: np.ndarray) -> tuple[float, float]:
-    """Local order p of e' ~ C e^p and the last ratio e' / e, from the last three errors [T + 1] above rounding.
+    """Local order p of e' ~ C e^p and the last ratio e' / e, from the last three errors [T] above rounding.
 
     p = log(e3 / e2) / log(e2 / e1). Both are NaN if these three do not fall: no convergence to fit.
     """

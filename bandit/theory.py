@@ -29,9 +29,9 @@ ROUNDING = 1e-13
 
 
 def bound(name: str, num_iter: int) -> np.ndarray:
-    """Bound on max |delta| after 0 ... num_iter updates, [num_iter + 1]; underflows to 0."""
+    """Bound on max |delta| after 0 ... num_iter - 1 updates, [num_iter]; underflows to 0."""
     base, doubling = BOUNDS[name]
-    updates = np.arange(num_iter + 1, dtype=float)
+    updates = np.arange(num_iter, dtype=float)
     exponent = np.exp2(np.minimum(updates, 60)) - 1 if doubling else updates
     return np.exp(exponent * math.log(base))
 

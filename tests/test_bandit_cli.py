@@ -55,7 +55,7 @@ def test_paper_preset_writes_both_figures(paper):
         assert set(data) == {"rewards"} | {f"{s}/{mode}/{key}" for s in samplers for key in SERIES}
         assert all(values.dtype == np.float64 for values in data.values())
         assert data.pop("rewards").shape == (1, 20)
-        assert all(values.shape == (1, num_iter + 1) for values in data.values())
+        assert all(values.shape == (1, num_iter) for values in data.values())
 
 
 def test_paper_exact_shows_the_gap_between_the_samplers(paper):
@@ -115,7 +115,7 @@ def test_both_modes_all_samplers_many_environments(tmp_path):
     assert process.returncode == 0, process.stderr
     data = results(tmp_path / "a")
     assert len(data) == 1 + 2 * 4 * (len(SAMPLERS) + 1)
-    assert data["mix:0.2,0.4,0.5/empirical/value"].shape == (3, 41)
+    assert data["mix:0.2,0.4,0.5/empirical/value"].shape == (3, 40)
     assert data["rewards"].min() >= 0 and data["rewards"].max() <= 1
     rows = list(csv.DictReader((tmp_path / "a" / "summary.csv").open()))
     assert len(rows) == 2 * (len(SAMPLERS) + 1)

@@ -68,7 +68,7 @@ def simulate_all(bandit: Bandit, config: dict) -> dict[tuple[str, str], dict[str
     modes = ["exact", "empirical"] if config["mode"] == "both" else [config["mode"]]
     keys = [(name, mode) for mode in modes for name in config["samplers"]]
     results = {}
-    with tqdm(total=len(keys) * config["num_iter"], unit="update", disable=None) as bar:
+    with tqdm(total=len(keys) * (config["num_iter"] - 1), unit="update", disable=None) as bar:
         for name, mode in keys:
             bar.set_description(f"{name} {mode}")
             results[name, mode] = simulate(
