@@ -67,7 +67,12 @@ def make_parser(description: str) -> OneLineParser:
     add("--lr", type=_lr, metavar="X|matched|theory", help="step on the loss whose pair weights sum to 1: a number "
         "(default 10; sampled 0.05), matched: lr* = Z/(2 beta^2 |Y|), Z the sum of the unnormalised weights at the "
         "current policy; theory: alpha/(beta^2 |Y|), alpha = 2|Y|^2 for DPO-Unif, Z/2 for the mixtures")  # fmt: skip
-    add("--num_iter", type=int, metavar="T", help="columns of the series: the states after 0 ... T - 1 updates (default 100; sampled 3000)")
+    add(
+        "--num_iter",
+        type=int,
+        metavar="T",
+        help="length of the series: the states after 0 ... T - 1 updates (default 100; sampled 3000)",
+    )
     add(
         "--num_samples",
         type=int,
