@@ -89,6 +89,9 @@ def load_reward_model(
 
 
 def _load(kind, name: str, what: str, **options):
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # standard error is for errors, and each stage has a bar of its own
     try:
         return kind.from_pretrained(name, **options)
     except (OSError, ValueError) as error:

@@ -53,6 +53,7 @@ class VLLMGenerator:
             gpu_memory_utilization=gpu_memory_utilization,
             trust_remote_code=trust_remote_code,
             load_format="safetensors",
+            use_tqdm_on_load=False,
             # The pipeline puts end tokens itself (`Sampling`), the same for both back ends.
             generation_config="vllm",
             enforce_eager=engine_options.pop("enforce_eager", default_device() == "cpu"),

@@ -33,6 +33,7 @@ default LR_SCHEDULER cosine
 default WARMUP_STEPS 100
 default EPOCHS 2
 default EVAL_FRACTION 0
+default BF16 ""  # True on a GPU, else False
 default ACCELERATE_CONFIG zero3
 default GRADIENT_CHECKPOINTING True
 default SAVE_STRATEGY steps

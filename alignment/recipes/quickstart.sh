@@ -15,10 +15,9 @@ default NEEDS_GPU 0
 default GPUS 0
 
 default TRAIN_START 0
-default TRAIN_END 48
+default TRAIN_END 40
 default TEST_START 400
 default TEST_END 448
-default EVAL_TRAIN_END 48
 default KL_PROMPTS 32
 default TEMPERATURE 1.0  # at 0.7 the small model's two responses are often alike
 
@@ -34,3 +33,6 @@ default PER_DEVICE_BATCH 8
 default ACCELERATE_CONFIG single
 default GRADIENT_CHECKPOINTING False
 default SAVE_STRATEGY no
+
+# Twice as fast where the CPU multiplies bfloat16 itself; elsewhere it would be slower.
+if grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null; then default BF16 True; fi

@@ -40,6 +40,7 @@ check_machine() {
         default GPUS 0
     fi
     if ((GPUS == 0)); then export DS_ACCELERATOR=cpu; fi
+    export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::FutureWarning}  # from libraries, about one another
 }
 
 # The interpreter of a stage's environment: the one that `setup.sh gpu` made for it, else the one of `setup.sh cpu`.

@@ -62,6 +62,8 @@ train() {
     local together=$((PER_DEVICE_BATCH * PROCESSES))
     ((GLOBAL_BATCH % together == 0)) ||
         die "GLOBAL_BATCH $GLOBAL_BATCH is not a multiple of PER_DEVICE_BATCH $PER_DEVICE_BATCH x $PROCESSES processes"
+    local precision=()
+    if [[ -n $BF16 ]]; then precision=(--bf16 "$BF16"); fi
     run "train iter$n $sampler" "${LAUNCHER[@]}" "$ALIGNMENT/dpo_iteration/run_dpo.py" \
         --model_name_or_path "$(model_of $((n - 1)) "$sampler")" --ref_model "$BASE_MODEL" \
         --train_dir "$(rewarded_data "$n" "$sampler")" --output_dir "$(model_of "$n" "$sampler")" \
@@ -71,7 +73,7 @@ train() {
         --num_train_epochs "$EPOCHS" --per_device_train_batch_size "$PER_DEVICE_BATCH" \
         --gradient_accumulation_steps $((GLOBAL_BATCH / together)) \
         --gradient_checkpointing "$GRADIENT_CHECKPOINTING" --eval_fraction "$EVAL_FRACTION" \
-        --save_strategy "$SAVE_STRATEGY" --save_steps "$SAVE_STEPS" --report_to "$REPORT_TO" --seed "$SEED"
+        --save_strategy "$SAVE_STRATEGY" --save_steps "$SAVE_STEPS" --report_to "$REPORT_TO" --seed "$SEED" "${precision[@]}"
 }
 
 # Responses of the model $1 $2 (iteration, label) to the test prompts and to the train prompts, with one engine start.
