@@ -54,6 +54,12 @@ class DPOOptions:
     lora_r: int = option(16, "Rank of the adapter.")
     lora_alpha: float = option(32.0, "Scale of the adapter (x 1/rank).")
     lora_target_modules: str = option("all-linear", "Modules to adapt, separated by commas, or all-linear.")
+    save_dtype: str = option(
+        "",
+        "Type of the saved weights, float32 or bfloat16. Default: bfloat16 with --bf16, else float32. A few steps "
+        "from bfloat16 weights are smaller than its spacing and would be rounded away.",
+        choices=["", "float32", "bfloat16"],
+    )
     attn_implementation: str = option("sdpa", "Attention kernels: sdpa, eager, flash_attention_2.")
     trust_remote_code: bool = option(False, "Run code that comes with a model. Off: such models are refused.")
 

@@ -54,7 +54,9 @@ def main(arguments: list[str] | None = None) -> None:
     checkpoint = on_main(checkpoints.newest_checkpoint, checkpoints.work_dir(output_dir))
     say(f"continuing from {checkpoint}" if checkpoint else f"training on {len(trainer.train_dataset)} pairs")
     trainer.train(resume_from_checkpoint=checkpoint)
-    checkpoints.publish(trainer, options, output_dir, "bfloat16" if training.bf16 else "float32")
+    checkpoints.publish(
+        trainer, options, output_dir, options.save_dtype or ("bfloat16" if training.bf16 else "float32")
+    )
     del lock
     say(f"{output_dir}: done")
 

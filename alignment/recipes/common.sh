@@ -33,7 +33,8 @@ default LR_SCHEDULER cosine
 default WARMUP_STEPS 100
 default EPOCHS 2
 default EVAL_FRACTION 0
-default BF16 ""  # True on a GPU, else False
+default BF16 ""        # True on a GPU, else False
+default SAVE_DTYPE ""  # bfloat16 with BF16, else float32
 default ACCELERATE_CONFIG zero3
 default GRADIENT_CHECKPOINTING True
 default SAVE_STRATEGY steps

@@ -34,5 +34,8 @@ default ACCELERATE_CONFIG single
 default GRADIENT_CHECKPOINTING False
 default SAVE_STRATEGY no
 
+# The policy's weights come in bfloat16; the few small steps from there would be lost in its spacing.
+default SAVE_DTYPE float32
+
 # Twice as fast where the CPU multiplies bfloat16 itself; elsewhere it would be slower.
 if grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null; then default BF16 True; fi

@@ -64,6 +64,7 @@ train() {
         die "GLOBAL_BATCH $GLOBAL_BATCH is not a multiple of PER_DEVICE_BATCH $PER_DEVICE_BATCH x $PROCESSES processes"
     local precision=()
     if [[ -n $BF16 ]]; then precision=(--bf16 "$BF16"); fi
+    if [[ -n $SAVE_DTYPE ]]; then precision+=(--save_dtype "$SAVE_DTYPE"); fi
     run "train iter$n $sampler" "${LAUNCHER[@]}" "$ALIGNMENT/dpo_iteration/run_dpo.py" \
         --model_name_or_path "$(model_of $((n - 1)) "$sampler")" --ref_model "$BASE_MODEL" \
         --train_dir "$(rewarded_data "$n" "$sampler")" --output_dir "$(model_of "$n" "$sampler")" \
