@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import torch
 from commands import python
 from tiny import CHARACTERS, save_tiny_policy, tiny_tokenizer
 
+from common.models import load_causal_lm
 from common.records import journal_path, read_records
 
 PROMPTS = ["hello there", "a cat", "what is this? please say.", "no", "why, oh why", "zebra"]
@@ -157,3 +159,19 @@ def test_help_explains_every_flag():
         "--gpu_memory_utilization",
     ):
         assert flag in result.stdout
+
+
+def test_pickled_weights_are_converted_to_the_same_model(place, tmp_path):
+    model = load_causal_lm(str(place / "policy"), "policy", "float32")
+    tokenizer = tiny_tokenizer()
+    (tmp_path / "pickled").mkdir()
+    model.config.save_pretrained(tmp_path / "pickled")
+    tokenizer.save_pretrained(tmp_path / "pickled")
+    torch.save(model.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
+    flags = ("--model_name_or_path", tmp_path / "pickled", "--output_dir", tmp_path / "safe")
+    result = python("scripts/to_safetensors.py", *flags)
+    assert result.returncode == 0, result.stderr
+    converted = load_causal_lm(str(tmp_path / "safe"), "policy", "float32")
+    for (name, a), b in zip(model.state_dict().items(), converted.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    one_line_error(python("scripts/to_safetensors.py", *flags), "exists already")

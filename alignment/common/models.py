@@ -1,6 +1,5 @@
 """Loading models and tokenizers, and the two places where special tokens are put: the same for every stage."""
 
-import os
 from pathlib import Path
 
 from common.cli import UserError
@@ -11,19 +10,15 @@ def check_model(name: str, what: str) -> None:
     path = Path(name)
     if not path.is_dir():
         # "owner/name" may be a hub's; anything else can only be a path.
-        if (
-            path.is_absolute()
-            or name.startswith(".")
-            or name.count("/") != 1
-            or os.environ.get("HF_HUB_OFFLINE") == "1"
-        ):
+        if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
             raise UserError(f"{what} {name}: no such folder")
         return
     if not (path / "config.json").is_file():
         raise UserError(f"{what} {name}: no config.json, so not a model folder")
     if not any(path.glob("*.safetensors")):
         raise UserError(
-            f"{what} {name}: no *.safetensors weights (pickled weights are not loaded: they can run code)"
+            f"{what} {name}: no *.safetensors weights; pickled ones can run code and are not loaded: convert them "
+            "once with alignment/scripts/to_safetensors.py"
         )
 
 
