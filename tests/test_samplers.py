@@ -3,8 +3,11 @@
 import json
 from collections import Counter
 
+import numpy as np
 import pytest
 
+from bandit.problem import make_bandit
+from bandit.samplers import get_sampler
 from common.cli import UserError
 from generation.interface import stream_seed
 from generation.samplers import (
@@ -111,6 +114,21 @@ def test_odd_count_needs_a_one_sided_sampler():
     assert len(assign_rows(sampler_by_name("online", 0.1), 3, 0)) == 3
     with pytest.raises(UserError, match="must be even"):
         check_count(sampler_by_name("gshf", 0.1), 3)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_bandit_has_the_same_sampler(name):
+    """Pair probabilities in the bandit's table, against those that this table's rows give by enumeration."""
+    rng, beta = np.random.default_rng(0), 0.25
+    bandit = make_bandit(rng.standard_normal(5), beta, np.log(rng.dirichlet(np.ones(5))))
+    u = rng.standard_normal((1, 5))
+    weights, _ = get_sampler(name).weights(u, bandit)
+    log_pi, log_ref = bandit.log_policy(u)[0], bandit.log_ref[0]
+    expected = np.zeros((5, 5))
+    for probability, *sides in sampler_by_name(name, beta):
+        first, second = (np.exp(w * log_pi + v * log_ref) for w, v in sides)
+        expected += probability * np.outer(first / first.sum(), second / second.sum())
+    np.testing.assert_allclose(weights[0] / weights[0].sum(), (expected + expected.T) / 2, atol=1e-12)
 
 
 def test_stream_seeds_are_distinct_and_stable():

@@ -129,11 +129,13 @@ def check_models(args: argparse.Namespace, policy: str | None, reference: str | 
     """Refuses, before any weight is loaded, models that cannot do this; returns the tokenizer."""
     trust = args.trust_remote_code
     longest = args.max_input_length + args.max_new_tokens
-    tokenizers = []
+    tokenizers, widths = [], set()
     for name, what in ((policy, "policy"), (reference, "reference")):
         if name is None:
             continue
-        room = context_length(load_config(name, what, trust))
+        config = load_config(name, what, trust)
+        widths.add(config.get_text_config().vocab_size)
+        room = context_length(config)
         if room is not None and longest > room:
             raise UserError(
                 f"--max_input_length {args.max_input_length} + --max_new_tokens {args.max_new_tokens} is more than "
@@ -141,6 +143,8 @@ def check_models(args: argparse.Namespace, policy: str | None, reference: str | 
             )
         tokenizers.append(load_tokenizer(name, what, trust))
     check_same_vocabulary(tokenizers[0], tokenizers[-1])
+    if len(widths) > 1:
+        raise UserError(f"policy and reference give logits for {' and '.join(map(str, sorted(widths)))} ids")
     return tokenizers[0]
 
 
