@@ -12,5 +12,5 @@ echo "quickstart: a real 135M model, real prompts and a reward model from human 
 bash setup.sh cpu
 bash alignment/scripts/quickstart_assets.sh
 bash alignment/sample_train_safe_rlhf.sh
-bash alignment/sample_kl.sh
 bash alignment/sample_eval_safe_rlhf.sh
+bash alignment/sample_kl.sh

@@ -244,5 +244,5 @@ def test_what_cannot_be_compared_is_refused(run_dir, tmp_path_factory):
     judged.write_text(judged.read_text().replace("says 3", "said 3"))
     with pytest.raises(UserError, match="other responses"):
         read_run(run_dir, MODELS)
-    with pytest.raises(UserError, match="no evaluation files"):
+    with pytest.raises(UserError, match="nothing to summarize"):
         read_run(tmp_path_factory.mktemp("empty"), MODELS)

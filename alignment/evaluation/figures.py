@@ -75,13 +75,15 @@ def _axes(count: int, width: float, height: float):
 
 
 def reward_vs_iteration(rows: dict[Model, Row], samplers: list[str], iterations: int):
-    """One panel for each kind of score that is there; one line a sampler."""
+    """One panel for each kind of score that is there, one line a sampler; None while there is no score."""
     titles = {
         "test_reward": "test prompts",
         "train_reward": "train prompts",
         "judge_reward": "test prompts, second judge",
     }
     shown = [c for c in titles if any(row[c] for row in rows.values())]
+    if not shown:
+        return None
     figure, axes = _axes(len(shown), 4.4, 3.6)
     for ax, column in zip(axes, shown, strict=True):
         for i, sampler in enumerate(samplers):

@@ -1,5 +1,6 @@
 """What a run folder holds for evaluation: file names, reading, and refusing what cannot be compared."""
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,11 +82,13 @@ def read_run(run_dir: Path, models: list[Model]) -> Run:
                 path = answers_file(run_dir, judge, part, model)
                 if path.exists():
                     answers[judge, part, model], made[path] = read_answers(path)
-    if not answers:
-        raise UserError(f"{run_dir}/data: no evaluation files yet (test_data_with_rewards_iter0_*.json)")
     settings = agreed_settings(run_dir, models, made)
     check_same_responses(run_dir, answers)
     kl, settings["kl"] = read_kl(run_dir, models)
+    if not answers and not kl:
+        raise UserError(
+            f"{run_dir}: nothing to summarize yet: no data/test_data_with_*.json, no results/kl_*.json"
+        )
     return Run(answers, kl, {name: value for name, value in settings.items() if value})
 
 
@@ -150,7 +153,7 @@ def read_kl(run_dir: Path, models: list[Model]) -> tuple[dict[Model, dict], dict
         path = kl_file(run_dir, model)
         if path.exists():
             results[model] = checked_kl(path)
-            made[path] = results[model]["settings"].get("kl") or {}
+            made[path] = results[model]["settings"].get("kl", {})
     counts = {len(result["kl_of_prompts"]) for result in results.values()}
     if len(counts) > 1:
         raise UserError(f"{run_dir}/results: KL over {sorted(counts)} prompts: they cannot be compared")
@@ -160,10 +163,17 @@ def read_kl(run_dir: Path, models: list[Model]) -> tuple[dict[Model, dict], dict
 def checked_kl(path: Path) -> dict:
     """The content of a KL file. Raises `UserError` if it is not one."""
     result = read_json(path)
-    if (
-        not isinstance(result, dict)
-        or not isinstance(result.get("kl_of_prompts"), list)
-        or "kl" not in result
+    result = {"settings": {}, "stderr": None, **result} if isinstance(result, dict) else {}
+    stages, values = result.get("settings"), result.get("kl_of_prompts")
+    if not isinstance(stages, dict) or not isinstance(stages.get("kl", {}), dict):
+        raise UserError(f"{path}: 'settings' is not an object that holds one object a stage")
+    if not isinstance(values, list) or not values:
+        raise UserError(f"{path}: not a result of get_kl.py: no list 'kl_of_prompts'")
+    stderr = [] if result["stderr"] is None else [result["stderr"]]
+    if not all(
+        type(value) in (int, float) and math.isfinite(value) for value in (*values, result.get("kl"), *stderr)
     ):
-        raise UserError(f"{path}: not a result of get_kl.py")
-    return {"settings": {}, "stderr": None, **result}
+        raise UserError(
+            f"{path}: 'kl', 'stderr' or 'kl_of_prompts' holds a value that is not a finite number"
+        )
+    return result

@@ -46,13 +46,19 @@ def main() -> None:
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: no such folder")
     samplers = list(dict.fromkeys(args.samplers))
+    for name in samplers:
+        if "/" in name:
+            raise UserError(f"--samplers {name}: a name becomes part of file names and cannot hold '/'")
     models = all_models(samplers, args.iterations)
     data = read_run(run_dir, models)
     rows = summary_rows(data, models, args.seed)
     table, pairs = summary_table(rows), pair_table(data, samplers, args.iterations, args.seed)
     words = verdict(data, samplers, args.iterations, args.seed)
     results = run_dir / "results"
-    results.mkdir(exist_ok=True)
+    try:
+        results.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{results}: {error.strerror}") from None
     write_atomic(results / "summary.csv", summary_csv(rows))
     write_atomic(results / "win_rates.csv", win_csv(win_rows(data, models, args.seed)))
     write_atomic(results / "summary.md", f"{markdown(table)}\n{markdown(pairs)}\n{words}\n")
@@ -64,7 +70,7 @@ def main() -> None:
 
 def short(table: list[list[str]]) -> list[list[str]]:
     """The table's first columns, as wide as a terminal."""
-    return [row[:7] for row in table]
+    return [row[:8] for row in table]
 
 
 def write_report(data, rows, samplers: list[str], args, texts: tuple) -> None:

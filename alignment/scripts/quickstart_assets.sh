@@ -13,7 +13,7 @@ run "human labels" "$(python_of rlhflow)" "$ALIGNMENT/reward_model/human_labels.
 train_reward_model() {
     run "train $1" "$(python_of rlhflow)" "$ALIGNMENT/reward_model/train_reward_model.py" \
         --model_name_or_path "$ASSETS/encoder" --train_file "$ASSETS/$2" --output_dir "$1" \
-        --trainable_layers 2 --max_steps 100 --seed "$3"
+        --trainable_layers 2 --max_steps 60 --seed "$3"
 }
 train_reward_model "$REWARD_MODEL" reward_pairs.jsonl 0
 train_reward_model "$JUDGE_MODEL" judge_pairs.jsonl 1
