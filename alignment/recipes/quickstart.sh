@@ -10,6 +10,7 @@ default PROMPTS "$ASSETS/prompts.jsonl"
 default TEMPLATE chat
 default MAX_PROMPT_LENGTH 96
 default MAX_NEW_TOKENS 32
+default MAX_NUM_SEQS 96  # all responses of a stage at once
 default MAX_LENGTH 128
 default NEEDS_GPU 0
 default GPUS 0
