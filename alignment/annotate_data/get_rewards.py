@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from annotate_data.texts import TEMPLATES, check_template, instance_texts
 from common.cli import Parser, UserError, natural, positive_int, run
 from common.models import default_dtype
-from common.records import is_done, journal, read_records, sha256, write_records
+from common.provenance import data_inputs, model_inputs, provenance
+from common.records import is_done, journal, read_provenance, read_records, sha256, write_records
 
 
 def parser() -> Parser:
@@ -52,8 +53,9 @@ def main() -> None:
     if not todo:
         return
     scorer = load_scorer(args)
+    models = model_inputs({"reward model": args.reward_name_or_path})
     for source, output in todo:
-        annotate(args, scorer, source, output)
+        annotate(args, scorer, models, source, output)
 
 
 def files(args) -> list[tuple[str, str]]:
@@ -74,7 +76,7 @@ def is_annotated(args, source: str, output: str) -> bool:
     return True
 
 
-def annotate(args, scorer, source: str, output: str) -> None:
+def annotate(args, scorer, models: list[dict], source: str, output: str) -> None:
     """Scores one data file."""
     instances, settings = read_records(source)
     wanted = stage_settings(args, source)
@@ -83,7 +85,9 @@ def annotate(args, scorer, source: str, output: str) -> None:
     with journal(output, wanted) as finished:
         scores = score_all(scorer, texts, finished, source)
         rows = with_rewards(instances, scores)
-        write_records(output, rows, {**settings, "annotate": wanted})
+        made_from = provenance([], models + data_inputs([source]))
+        stages = {**read_provenance(source), "annotate": made_from}
+        write_records(output, rows, {**settings, "annotate": wanted}, stages)
     print(f"{output}: {summary(rows, scorer)}")
 
 

@@ -14,12 +14,20 @@ import argparse
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 
-# Nothing the pipeline starts reports home; a user's own setting wins.
-for _name in ("HF_HUB_DISABLE_TELEMETRY", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK"):
-    os.environ.setdefault(_name, "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Nothing the pipeline starts reports home; a user's own setting wins. The libraries read this when they are imported,
+# so every script imports this module before them.
+ENVIRONMENT = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",  # of the hub's client, transformers, datasets, trl
+    "VLLM_NO_USAGE_STATS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+for _name, _value in ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)
 
 
 class UserError(Exception):
@@ -54,20 +62,41 @@ def fail(message: str, program: str | None = None) -> None:
     raise SystemExit(2)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def run(main: Callable[[], None]) -> None:
     """Runs a script's `main`: a `UserError` becomes one line and exit code 2, Ctrl-C and SIGTERM exit code 130."""
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
         main()
     except UserError as error:
         fail(str(error))
     except KeyboardInterrupt:
-        print("\nstopped; the same command continues from here", file=sys.stderr, flush=True)
+        _say_stopped()
         raise SystemExit(130) from None
+
+
+def _say_stopped() -> None:
+    print("\nstopped; the same command continues from here", file=sys.stderr, flush=True)
 
 
 def _interrupt(signum: int, frame: object) -> None:
     raise KeyboardInterrupt
+
+
+def _excepthook(kind: type[BaseException], error: BaseException, trace: object) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        _say_stopped()
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+# From here on, not only inside `run`: the imports that follow take seconds, and a stop may come there too.
+sys.excepthook = _excepthook
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGTERM, _interrupt)
 
 
 def checked(kind: Callable, test: Callable[[float], bool], wanted: str) -> Callable:

@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
-from common.cli import UserError
+from common.cli import UserError, first_line
 
 
 def check_model(name: str, what: str) -> None:
-    """Raises `UserError` if `name` looks like a local folder and is not a model that can be loaded safely."""
+    """Raises `UserError` if `name` looks like a local folder and is not a model that can be loaded safely.
+
+    Of the weights it reads the headers, so that a torn file is found before a stage does any work.
+    """
     path = Path(name)
     if not path.is_dir():
         # "owner/name" may be a hub's; anything else can only be a path.
@@ -15,11 +18,24 @@ def check_model(name: str, what: str) -> None:
         return
     if not (path / "config.json").is_file():
         raise UserError(f"{what} {name}: no config.json, so not a model folder")
-    if not any(path.glob("*.safetensors")):
+    weights = sorted(path.glob("*.safetensors"))
+    if not weights:
         raise UserError(
             f"{what} {name}: no *.safetensors weights; pickled ones can run code and are not loaded: convert them "
             "once with alignment/scripts/to_safetensors.py"
         )
+    for file in weights:
+        _check_weights(file)
+
+
+def _check_weights(file: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: not a whole safetensors file ({first_line(error)})") from None
 
 
 def load_config(name: str, what: str, trust_remote_code: bool = False):
@@ -48,8 +64,8 @@ def load_causal_lm(name: str, what: str, dtype: str, trust_remote_code: bool = F
     from transformers import AutoModelForCausalLM
 
     check_model(name, what)
-    options = {"dtype": getattr(torch, dtype), "use_safetensors": True, **options}
-    return _load(AutoModelForCausalLM, name, what, trust_remote_code=trust_remote_code, **options).eval()
+    options = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code, **options}
+    return _load_whole(AutoModelForCausalLM, name, what, **options).eval()
 
 
 def load_reward_model(
@@ -63,24 +79,21 @@ def load_reward_model(
     """
     import torch
     from transformers import AutoModelForSequenceClassification
-    from transformers.utils import logging
 
     check_model(name, "reward model")
-    logging.disable_progress_bar()
+    options = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code, **options}
+    kind = AutoModelForSequenceClassification
+    return _load_whole(kind, name, "reward model", needs_all=needs_head, **options).eval()
+
+
+def _load_whole(kind, name: str, what: str, needs_all: bool = True, **options):
+    from transformers.utils import logging
+
     logging.set_verbosity_error()  # its table of missing weights; they are an error here
-    options = {
-        "dtype": getattr(torch, dtype),
-        "use_safetensors": True,
-        "output_loading_info": True,
-        **options,
-    }
-    options["trust_remote_code"] = trust_remote_code
-    model, info = _load(AutoModelForSequenceClassification, name, "reward model", **options)
-    if needs_head and info["missing_keys"]:
-        raise UserError(
-            f"reward model {name}: has no trained weights for {', '.join(sorted(info['missing_keys']))}"
-        )
-    return model.eval()
+    model, info = _load(kind, name, what, use_safetensors=True, output_loading_info=True, **options)
+    if needs_all and info["missing_keys"]:
+        raise UserError(f"{what} {name}: has no weights for {', '.join(sorted(info['missing_keys'])[:3])}")
+    return model
 
 
 def _load(kind, name: str, what: str, **options):
@@ -89,9 +102,12 @@ def _load(kind, name: str, what: str, **options):
     logging.disable_progress_bar()  # standard error is for errors, and each stage has a bar of its own
     try:
         return kind.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise UserError(f"{what} {name}: cannot be loaded ({first_line})") from None
+    except Exception as error:  # the loaders raise many kinds, whatever a file of the model is wrong in
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{what} {name}: brings Python code, which runs only with --trust_remote_code"
+            ) from None
+        raise UserError(f"{what} {name}: cannot be loaded ({first_line(error)})") from None
 
 
 def default_device() -> str:

@@ -1,9 +1,9 @@
 """The data files that the stages hand on, and how a stage writes one without ever losing or faking work.
 
-A file is the RLHFlow form plus the settings that made it::
+A file is the RLHFlow form plus the settings that made it and what it was made from (provenance.py)::
 
     {"type": "text_only",
-     "settings": {"generate": {...}, "annotate": {...}},
+     "settings": {"generate": {...}, "annotate": {...}}, "provenance": {"generate": {...}, "annotate": {...}},
      "instances": [{"prompt": str, "responses": [K], "rewards": [K], "pairs": [K], "stop_reasons": [K], ...}]}
 
 A stage is done when its final file exists. Until then finished rows go to a journal beside it (one JSON object a
@@ -15,10 +15,11 @@ import fcntl
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from common.cli import UserError
+from common.cli import UserError, first_line
 
 PER_RESPONSE = ("responses", "rewards", "pairs", "stop_reasons", "num_tokens")
 
@@ -33,10 +34,17 @@ def read_json(path: str | Path) -> object:
         raise UserError(f"{path}: is a folder, not a file") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: line {error.lineno}: not JSON ({error.msg})") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        line = f"line {error.lineno}: " if isinstance(error, json.JSONDecodeError) else ""
+        raise UserError(f"{path}: {line}{not_json(error)}") from None
+
+
+def not_json(error: Exception) -> str:
+    """What is wrong with a text that `json.loads` refused with `error`."""
+    # Besides bad syntax: numbers of thousands of digits (ValueError), thousands of nested brackets (RecursionError).
+    return f"not JSON ({getattr(error, 'msg', None) or first_line(error)})"
 
 
 def read_records(path: str | Path, need: tuple[str, ...] = ("responses",)) -> tuple[list[dict], dict]:
@@ -59,10 +67,20 @@ def read_records(path: str | Path, need: tuple[str, ...] = ("responses",)) -> tu
         raise UserError(f"{path}: 'instances' is empty")
     for row, instance in enumerate(content["instances"]):
         _check_instance(f"{path}: row {row}", instance, need)
+        count, expected = (len(i.get("responses") or []) for i in (instance, content["instances"][0]))
+        if count != expected:
+            raise UserError(f"{path}: row {row}: {count} 'responses', but row 0 has {expected}")
     settings = content.get("settings", {})
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: 'settings' is not an object")
+    if not isinstance(settings, dict) or not all(isinstance(stage, dict) for stage in settings.values()):
+        raise UserError(f"{path}: 'settings' is not an object that holds one object a stage")
     return content["instances"], settings
+
+
+def read_provenance(path: str | Path) -> dict:
+    """What the stages that made a data file recorded about their inputs; {} for a file of another program."""
+    stored = read_json(path)
+    stored = stored.get("provenance") if isinstance(stored, dict) else None
+    return stored if isinstance(stored, dict) else {}
 
 
 def _check_instance(where: str, instance: object, need: tuple[str, ...]) -> None:
@@ -83,19 +101,48 @@ def _check_instance(where: str, instance: object, need: tuple[str, ...]) -> None
         kind = {"responses": str, "stop_reasons": str, "rewards": (int, float)}.get(field, int)
         if not all(isinstance(v, kind) and not isinstance(v, bool) for v in values):
             raise UserError(f"{where}: '{field}' holds a value of the wrong type")
-        if field == "rewards" and not all(abs(v) < float("inf") for v in values):
-            raise UserError(f"{where}: 'rewards' holds a value that is not finite")
+        if kind is not str and not all(abs(v) <= sys.float_info.max for v in values):
+            raise UserError(f"{where}: '{field}' holds a value that is not finite")
+    check_writable(where, instance)
+
+
+def check_writable(where: str, row: dict) -> None:
+    """Raises `UserError` for what JSON lets in and no tokenizer or other JSON reader takes."""
+    for field, value in row.items():
+        try:
+            json.dumps({field: value}, ensure_ascii=False, allow_nan=False).encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{where}: {field!r} holds half a surrogate pair, which is not a character"
+            ) from None
+        except ValueError:
+            raise UserError(f"{where}: {field!r} holds a number that is not finite") from None
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Makes a refusal of the system (disk full, read-only, no permission) a `UserError` that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot write ({error.strerror})") from None
 
 
 def write_atomic(path: str | Path, text: str) -> None:
     """Writes `text` beside `path`, flushes it to disk, renames it: readers see the old file or the whole new one."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with writing(path):
+        try:
+            # A path that is not UTF-8 has surrogates in Python; in JSON the backslash form means the same.
+            with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def write_json(path: str | Path, value: object) -> None:
@@ -103,19 +150,30 @@ def write_json(path: str | Path, value: object) -> None:
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def write_records(path: str | Path, instances: list[dict], settings: dict) -> None:
-    """Writes a data file atomically: one instance a line, so that `diff` and `head` are of use."""
+def write_records(
+    path: str | Path, instances: list[dict], settings: dict, provenance: dict | None = None
+) -> None:
+    """Writes a data file atomically: one instance a line, so that `diff` and `head` are of use.
+
+    Args:
+        path: the file.
+        instances: its rows.
+        settings: stage → what is compared when the stage is started again.
+        provenance: stage → what it was made from, see provenance.py.
+    """
+    head = {"type": "text_only", "settings": settings, "provenance": provenance or {}}
+    lines = [f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items()]
     rows = ",\n".join(json.dumps(instance, ensure_ascii=False, allow_nan=False) for instance in instances)
-    head = (
-        f'{{"type": "text_only",\n"settings": {json.dumps(settings, ensure_ascii=False)},\n"instances": [\n'
-    )
-    write_atomic(path, head + rows + "\n]}\n")
+    write_atomic(path, "{" + ",\n".join(lines) + ',\n"instances": [\n' + rows + "\n]}\n")
 
 
 def sha256(path: str | Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """SHA-256 of a file, in hexadecimal. Raises `UserError` if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
 
 
 def is_done(path: str | Path, stage: str, settings: dict) -> bool:
@@ -128,7 +186,8 @@ def is_done(path: str | Path, stage: str, settings: dict) -> bool:
     if not path.exists():
         return False
     stored = read_json(path)
-    stored = stored.get("settings", {}).get(stage) if isinstance(stored, dict) else None
+    for key in ("settings", stage):
+        stored = stored.get(key) if isinstance(stored, dict) else None
     refuse_other_settings(path, stored, settings)
     journal_path(path).unlink(missing_ok=True)
     return True
@@ -175,7 +234,8 @@ class Journal:
         self.rows: dict[str, dict] = {}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.path, "a+b")  # noqa: SIM115 (closed by close())
+            # Without a buffer there is nothing left to write when a full disk ends the stage.
+            self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 (closed by close())
         except OSError as error:
             raise UserError(f"{error.filename or self.path}: cannot write ({error.strerror})") from None
         try:
@@ -186,27 +246,29 @@ class Journal:
 
     def _load(self, settings: dict) -> None:
         self._file.seek(0)
-        good = 0
-        lines = []
-        for line in self._file:
-            if not line.endswith(b"\n"):
-                break
-            good += len(line)
-            lines.append(line)
-        self._file.truncate(good)
+        content = self._file.read()
+        good = content.rfind(b"\n") + 1
+        if good < len(content):
+            self._file.truncate(good)
         try:
-            entries = [json.loads(line) for line in lines]
-        except ValueError:
+            entries = [json.loads(line) for line in content[:good].splitlines()]
+            rows = {entry["key"]: entry["row"] for entry in entries[1:]}
+        except (ValueError, TypeError, KeyError):
             raise UserError(f"{self.path}: damaged; remove it to start this stage again") from None
-        if not entries:
+        if len(entries) < 2:  # no row yet: the settings may be corrected
+            self._file.truncate(0)
             self._append(settings)
             return
         refuse_other_settings(self.path, entries[0], settings)
-        self.rows = {entry["key"]: entry["row"] for entry in entries[1:]}
+        self.rows = rows
 
     def _append(self, entry: dict) -> None:
-        self._file.write(json.dumps(entry, ensure_ascii=False, allow_nan=False).encode() + b"\n")
-        self._file.flush()
+        line = (json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n").encode(
+            errors="backslashreplace"
+        )
+        with writing(self.path):
+            while line:
+                line = line[self._file.write(line) :]
 
     def add(self, key: str, row: dict) -> None:
         """Records a finished row; it survives a kill of this process from here on."""

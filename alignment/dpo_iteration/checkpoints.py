@@ -4,33 +4,21 @@
 to `DIR`: `DIR` is there whole or not at all.
 """
 
+import contextlib
 import fcntl
-import importlib.metadata
 import json
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, TrainerCallback
 
 from common.cli import UserError
 from common.models import load_causal_lm
 from common.records import read_json, refuse_other_settings, write_json
 from dpo_iteration.distributed import on_main, whole_models
-
-LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft")
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of the libraries that a result depends on."""
-
-    def version(name: str) -> str | None:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    return {name: version(name) for name in LIBRARIES}
 
 
 def work_dir(output_dir: str) -> Path:
@@ -49,8 +37,15 @@ def is_done(output_dir: str, settings: dict) -> bool:
     return True
 
 
-def open_work(output_dir: str, settings: dict, data_settings: dict):
-    """Makes or reopens the working folder and locks it; returns the lock, to be kept until the end."""
+def open_work(output_dir: str, settings: dict, data_settings: dict, made_from: Callable[[], dict]):
+    """Makes or reopens the working folder and locks it; returns the lock, to be kept until the end.
+
+    Args:
+        output_dir: where the result goes.
+        settings: what is compared when a run continues.
+        data_settings: those of the data file, kept with the result.
+        made_from: computes the provenance, once a run: it reads the models.
+    """
     folder = work_dir(output_dir)
     record = folder / "settings.json"
     try:
@@ -65,7 +60,8 @@ def open_work(output_dir: str, settings: dict, data_settings: dict):
     if record.exists():
         refuse_other_settings(folder, read_json(record).get("train"), settings)
     else:
-        write_json(record, {"train": settings, "data": data_settings, "versions": versions()})
+        provenance = {"train": made_from()}
+        write_json(record, {"train": settings, "data": data_settings, "provenance": provenance})
     return lock
 
 
@@ -79,6 +75,18 @@ def newest_checkpoint(folder: Path) -> str | None:
         except (OSError, ValueError):
             shutil.rmtree(path)
     return None
+
+
+@contextlib.contextmanager
+def saving(output_dir: str) -> Iterator[None]:
+    """Makes the errors of a full disk, of which each library has its own, one `UserError`."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch gives no reason; a checkpoint that failed has left no room.
+        if "No space left" in str(error) or shutil.disk_usage(work_dir(output_dir)).free < 2**20:
+            raise UserError(f"{work_dir(output_dir)}: cannot write (No space left on device)") from None
+        raise
 
 
 class NoCheckpointAtTheEnd(TrainerCallback):
@@ -119,8 +127,10 @@ def _write_final(trainer, options, raw: Path, final: Path, dtype: str) -> None:
     AutoTokenizer.from_pretrained(options.model_name_or_path, trust_remote_code=remote).save_pretrained(final)
     trainer.state.save_to_json(str(final / "trainer_state.json"))
     shutil.copy(final.parent / "settings.json", final / "settings.json")
-    if (final.parent / "runs").is_dir():  # tensorboard's
-        shutil.copytree(final.parent / "runs", final / "runs")
+    for i, events in enumerate(sorted((final.parent / "runs").rglob("events.*"))):
+        (final / "runs").mkdir(exist_ok=True)
+        # Tensorboard's own names hold the machine's.
+        shutil.copy(events, final / "runs" / f"events.out.tfevents.{i}")
 
 
 def _rename(final: Path, output: Path, folder: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import HfArgumentParser, IntervalStrategy, TrainingArguments
 
-from common.cli import UserError, fail
+from common.cli import UserError, fail, first_line
 from common.models import default_dtype
 from dpo_iteration.dpo import LOSSES
 from dpo_iteration.pairs import CHOOSE_TYPES
@@ -148,6 +148,8 @@ def check(options: DPOOptions, training: DPOTrainingArguments) -> None:
         "--length_penalty: is for --choose_type max_min_p, which needs one that is not 0": (
             (options.choose_type == "max_min_p") != (options.length_penalty != 0)
         ),
+        "--length_penalty: must be a number": not math.isfinite(options.length_penalty),
+        "--seed: must be from 0 to 4294967295": not 0 <= training.seed < 2**32,
         "--learning_rate: must be a number, 0 or more": not 0 <= training.learning_rate < math.inf,
         "--num_train_epochs: must be above 0": not 0 < training.num_train_epochs < math.inf,
         "--per_device_train_batch_size: must be above 0": training.per_device_train_batch_size <= 0,
@@ -208,3 +210,25 @@ def prepare_training(training: DPOTrainingArguments, work_dir: Path, evaluates: 
     training._n_gpu = min(training.n_gpu, 1)
     if evaluates and training.eval_strategy == "no":
         training.eval_strategy = IntervalStrategy.EPOCH
+
+
+def start_wandb(training: DPOTrainingArguments) -> None:
+    """With `--report_to wandb`: starts its run now, so that a server out of reach ends the training before it begins.
+
+    Later the client sends in the background and waits for no answer. The files are beside the model's folder.
+    """
+    if "wandb" not in training.report_to:
+        return
+    os.environ.setdefault("WANDB_SILENT", "true")  # an error is one line, and it is ours
+    import wandb
+
+    folder = Path(training.output_dir).parent
+    settings = wandb.Settings(init_timeout=30, root_dir=os.environ.get("WANDB_DIR", str(folder)))
+    project = os.environ.get("WANDB_PROJECT", "huggingface")
+    try:
+        started = wandb.init(project=project, name=training.run_name, settings=settings)
+    except wandb.errors.Error as error:
+        raise UserError(
+            f"--report_to wandb: {first_line(error)}; WANDB_MODE=offline keeps the log in {folder / 'wandb'}"
+        ) from None
+    print(f"wandb: {started.url or started.dir}", flush=True)

@@ -17,8 +17,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from transformers import set_seed
-
 from common.cli import UserError, run
 from common.models import (
     check_same_vocabulary,
@@ -27,11 +25,12 @@ from common.models import (
     load_config,
     load_tokenizer,
 )
+from common.provenance import data_inputs, model_inputs, provenance
 from common.records import read_records, sha256
 from dpo_iteration import checkpoints
 from dpo_iteration.distributed import on_main, say
 from dpo_iteration.dpo import DPOTrainer, as_scorer, disable_dropout
-from dpo_iteration.options import parse, prepare_training, quit_with, settings_of
+from dpo_iteration.options import parse, prepare_training, quit_with, settings_of, start_wandb
 from dpo_iteration.pairs import choose_all
 from dpo_iteration.reference import add_reference_logps
 from dpo_iteration.rows import build_rows, collate, split_by_prompt
@@ -47,16 +46,18 @@ def main(arguments: list[str] | None = None) -> None:
         say(f"{output_dir}: already done")
         return
     rows = make_rows(options, instances, training.seed)
-    lock = lock_work(output_dir, settings, data_settings)
+    lock = lock_work(output_dir, settings, data_settings, lambda: made_from(options, training))
     prepare_training(training, checkpoints.work_dir(output_dir), options.eval_fraction > 0)
+    on_main(start_wandb, training)
     rows = add_reference_logps(rows, options, training, *precision(options, training))
     trainer = make_trainer(options, training, *split_by_prompt(rows, options.eval_fraction, training.seed))
     checkpoint = on_main(checkpoints.newest_checkpoint, checkpoints.work_dir(output_dir))
     say(f"continuing from {checkpoint}" if checkpoint else f"training on {len(trainer.train_dataset)} pairs")
-    trainer.train(resume_from_checkpoint=checkpoint)
-    checkpoints.publish(
-        trainer, options, output_dir, options.save_dtype or ("bfloat16" if training.bf16 else "float32")
-    )
+    with checkpoints.saving(output_dir):
+        trainer.train(resume_from_checkpoint=checkpoint)
+        checkpoints.publish(
+            trainer, options, output_dir, options.save_dtype or ("bfloat16" if training.bf16 else "float32")
+        )
     del lock
     say(f"{output_dir}: done")
 
@@ -126,6 +127,8 @@ def precision(options, training) -> tuple[str, bool]:
 
 def make_trainer(options, training, train_rows: list[dict], eval_rows: list[dict]) -> DPOTrainer:
     """The policy, ready to be trained."""
+    from transformers import set_seed
+
     set_seed(training.seed)  # LoRA's first weights
     model = load_causal_lm(
         options.model_name_or_path,
@@ -166,11 +169,18 @@ def with_adapter(model, options):
         raise UserError(f"--lora_target_modules {targets}: {str(error).splitlines()[0]}") from None
 
 
-def lock_work(output_dir: str, settings: dict, data_settings: dict):
+def lock_work(*work):
     """Opens the working folder in the first process; the lock is held as long as the result is."""
     locks = []
-    on_main(lambda: locks.append(checkpoints.open_work(output_dir, settings, data_settings)))
+    on_main(lambda: locks.append(checkpoints.open_work(*work)))
     return locks
+
+
+def made_from(options, training) -> dict:
+    """Versions of what trains, and the hashes of both models and of the data."""
+    used = {"accelerate": True, "deepspeed": training.deepspeed_plugin is not None, "peft": options.use_lora}
+    models = model_inputs({"policy": options.model_name_or_path, "reference": options.ref_model})
+    return provenance([name for name in used if used[name]], models + data_inputs([options.train_dir]))
 
 
 def guarded() -> None:

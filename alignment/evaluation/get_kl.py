@@ -14,6 +14,7 @@ Writes  OUT.json: {"kl": nats per response, "stderr": over prompts, "kl_per_toke
 
 import argparse
 import gc
+import json
 import os
 import sys
 from pathlib import Path
@@ -33,11 +34,12 @@ from common.models import (
     load_tokenizer,
     stop_token_ids,
 )
+from common.provenance import data_inputs, model_inputs, provenance
 from common.records import Journal, is_done, journal, read_records, sha256, write_json
 from generation.interface import Sampling
 from generation.plan import Plan, requests
 from generation.prompts import TEMPLATES, load_prompts
-from generation.samplers import POLICY, Pair
+from generation.samplers import POLICY, Pair, sampler_from_json
 
 temperature_above_zero = checked(
     float, lambda v: 0 < v < float("inf"), "a temperature above 0 (the KL of greedy decoding is not finite)"
@@ -93,7 +95,8 @@ def main() -> None:
     with journal(args.output_file, settings) as book:
         sequences = given or sample(args, prompts, book, tokenizer)
         result = score(args, sequences, book, tokenizer)
-        write_json(args.output_file, {**result, "settings": {"kl": settings}})
+        stored = {"settings": {"kl": settings}, "provenance": {"kl": made_from(args)}}
+        write_json(args.output_file, {**result, **stored})
     print(report(result))
 
 
@@ -107,6 +110,14 @@ def settings_of(args: argparse.Namespace) -> dict:
     dataset = {name: sha256(name) if Path(name).is_file() else args.dataset_split for name in names}
     kept = ("template", "max_prompt_characters", "start", "end", "max_new_tokens", "max_input_length", "seed")
     return settings | {"dataset": dataset} | {name: getattr(args, name) for name in (*kept, "backend")}
+
+
+def made_from(args: argparse.Namespace) -> dict:
+    """Versions, and the hashes of both models and of the prompts or responses."""
+    models = model_inputs({"policy": args.model_name_or_path, "reference": args.ref_model_name_or_path})
+    data = [args.responses] if args.responses else args.dataset_name_or_path
+    samples_with_vllm = args.backend == "vllm" and not args.responses
+    return provenance(["vllm"] if samples_with_vllm else [], models + data_inputs(data))
 
 
 def check_models(args: argparse.Namespace):
@@ -210,14 +221,15 @@ def read_responses(args: argparse.Namespace, tokenizer) -> list[list]:
 def check_origin(args: argparse.Namespace, made_with: dict) -> None:
     """Raises `UserError` unless the responses come from the policy alone at the temperature of the command line."""
     policy = made_with.get("policy")
-    if policy and os.path.realpath(policy) != os.path.realpath(args.model_name_or_path):
+    if isinstance(policy, str) and os.path.realpath(policy) != os.path.realpath(args.model_name_or_path):
         raise UserError(
             f"{args.responses}: sampled from {policy}, not from the policy {args.model_name_or_path}"
         )
     temperature = made_with.get("temperature", args.temperature)
     if temperature != args.temperature:
         raise UserError(f"{args.responses}: sampled at temperature {temperature}, not {args.temperature}")
-    if any(weights != list(POLICY) for _, *sides in made_with.get("sampler", []) for weights in sides):
+    sampler = made_with.get("sampler")
+    if sampler is not None and sampler_from_json(json.dumps(sampler)) != (Pair(1.0, POLICY, POLICY),):
         raise UserError(
             f"{args.responses}: its sampler is not the policy alone, so it does not estimate its KL"
         )

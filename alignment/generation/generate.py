@@ -25,6 +25,7 @@ from common.models import (
     load_tokenizer,
     stop_token_ids,
 )
+from common.provenance import data_inputs, model_inputs, provenance
 from common.records import Journal, is_done, journal, sha256, write_records
 from generation.interface import Sampling
 from generation.plan import Plan, instances, requests
@@ -199,6 +200,8 @@ def slices(args: argparse.Namespace) -> list[tuple[int, int | None, str]]:
     ends = args.end or [None]
     if not len(args.start) == len(ends) == len(args.output_file):
         raise UserError("--start, --end and --output_file must have the same number of values")
+    if len(set(args.output_file)) != len(args.output_file):
+        raise UserError("--output_file: the same file twice")
     for start, end in zip(args.start, ends, strict=True):
         if end is not None and end <= start:
             raise UserError(f"--start {start} --end {end}: an empty slice")
@@ -244,10 +247,13 @@ def main() -> None:
         return
     sampling = Sampling(args.temperature, args.max_new_tokens, stop_token_ids(tokenizer, policy or reference))
     generator = make_generator(args, policy, reference)
+    inputs = model_inputs({"policy": policy, "reference": reference}) + data_inputs(args.dataset_name_or_path)
+    made_from = provenance(["vllm"] if args.backend == "vllm" else [], inputs)
     for output, own_settings, plan in todo:
         with journal(output, own_settings) as book:
             sample_slice(plan, book, generator, sampling, tokenizer)
-            write_records(output, instances(plan, book.rows), {"generate": own_settings})
+            rows = instances(plan, book.rows)
+            write_records(output, rows, {"generate": own_settings}, {"generate": made_from})
         print(f"generate: wrote {output} ({len(plan.prompts)} prompts x {plan.count} responses)")
 
 

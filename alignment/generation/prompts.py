@@ -2,6 +2,7 @@
 
 A source is a JSON or JSONL file, a folder saved by `datasets`, or a data set's name on a hub. A row holds text
 (`prompt`) or chat messages (`messages`, `context_messages`, or a `prompt` that is a list of messages).
+A prompt that a source holds several times is sampled as often, each time with seeds of its own.
 """
 
 import itertools
@@ -10,9 +11,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from common.cli import UserError
+from common.cli import UserError, first_line
 from common.models import encode_prompt
-from common.records import read_json
+from common.records import check_writable, not_json, read_json
 
 # What stands around the user's text. `none` takes prompts as they are; `chat` is the tokenizer's own template.
 TEMPLATES = {
@@ -75,8 +76,8 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict]]:
         if line.strip():
             try:
                 yield f"{path}: line {number}", json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}: line {number}: not JSON ({error})") from None
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}: line {number}: {not_json(error)}") from None
 
 
 def _saved_rows(folder: str, split: str) -> Iterator[tuple[str, dict]]:
@@ -84,8 +85,8 @@ def _saved_rows(folder: str, split: str) -> Iterator[tuple[str, dict]]:
 
     try:
         data = load_from_disk(folder)
-    except (FileNotFoundError, ValueError) as error:
-        raise UserError(f"{folder}: not a folder saved by datasets ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # files that are missing, torn, of another format: each is another kind
+        raise UserError(f"{folder}: not a folder saved by datasets ({first_line(error)})") from None
     if isinstance(data, DatasetDict):
         if split not in data:
             raise UserError(f"{folder}: no split {split!r}; it has {', '.join(data)}")
@@ -101,7 +102,7 @@ def _hub_rows(name: str, split: str) -> Iterator[tuple[str, dict]]:
         data = load_dataset(name, split=split)
     except Exception as error:  # the hub's client raises many kinds; each means "cannot be had"
         raise UserError(
-            f"{name}: no such file, and not to be had from the hub ({str(error).splitlines()[0]})"
+            f"{name}: no such file, and not to be had from the hub ({first_line(error)})"
         ) from None
     for row, value in enumerate(data):
         yield f"{name}: row {row}", value
@@ -113,15 +114,18 @@ def raw_prompt(where: str, row: object, key: str | None = None) -> str | list[di
         raise UserError(f"{where}: not an object")
     key = key or next((name for name in PROMPT_KEYS if name in row), None)
     value = row.get(key)
+    check_writable(where, {key: value})
     if isinstance(value, list):
-        if value and all(
-            isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in value
-        ):
+        if value and all(_is_message(entry) for entry in value):
             return value
         raise UserError(f"{where}: '{key}' is not a list of messages with role and content")
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{where}: no text under {key or ' or '.join(PROMPT_KEYS)!r}")
     return value
+
+
+def _is_message(entry: object) -> bool:
+    return isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("role", "content"))
 
 
 def apply_template(
@@ -134,7 +138,11 @@ def apply_template(
         if tokenizer.chat_template is None:
             raise UserError("--template chat: this tokenizer has no chat template")
         messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), value
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template may raise anything, for example on a system turn
+            raise UserError(f"{where}: the chat template refuses it ({first_line(error)})") from None
+        return text, value
     if not isinstance(value, str):
         raise UserError(f"{where}: a chat of {len(value)} messages needs --template chat")
     return TEMPLATES[template].replace("{prompt}", value), value

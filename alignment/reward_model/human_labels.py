@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import Parser, UserError, natural, positive_int, run
+from common.cli import Parser, UserError, natural, positive, positive_int, run
 from reward_model.preference_data import split_by_prompt, write_pairs
 
 FOLDERS = ("harm", "objective")
@@ -30,7 +30,7 @@ def parser() -> Parser:
     flags = Parser(__doc__)
     flags.add("--output_dir", "folder for the two files", required=True)
     flags.add(
-        "--min_gap", "least difference of two ratings (0-1) that makes a pair", type=float, default=0.25
+        "--min_gap", "least difference of two ratings (0-1) that makes a pair", type=positive, default=0.25
     )
     flags.add(
         "--max_pairs_per_prompt", "one prompt has 817 pairs, most have few", type=positive_int, default=40

@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from common.cli import UserError
-from common.records import write_atomic
+from common.records import check_writable, not_json, write_atomic
 
 FIELDS = ("prompt", "chosen", "rejected")
 
@@ -18,7 +18,7 @@ def read_pairs(path: str | Path) -> list[dict]:
         UserError: naming the file and line that is wrong.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_bytes().decode("utf-8").split("\n")  # not splitlines(): U+2028 is a character
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
     except OSError as error:
@@ -32,11 +32,12 @@ def read_pairs(path: str | Path) -> list[dict]:
 def _pair(where: str, line: str) -> dict:
     try:
         pair = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: {not_json(error)}") from None
     for field in FIELDS:
         if not isinstance(pair, dict) or not isinstance(pair.get(field), str):
             raise UserError(f"{where}: no text '{field}'")
+    check_writable(where, pair)
     return pair
 
 

@@ -1,8 +1,8 @@
 """Trains a reward model from preference pairs (Bradley-Terry: P(chosen beats rejected) = sigmoid of the difference).
 
 Reads:   a JSONL file with one {"prompt", "chosen", "rejected"} a line; any encoder or decoder model.
-Writes:  DIR, a sequence classifier with one label, its tokenizer, and metrics.json: settings and pair accuracy on
-         held-out prompts. DIR appears when everything is finished.
+Writes:  DIR, a sequence classifier with one label, its tokenizer, and metrics.json: settings, inputs and pair
+         accuracy on held-out prompts. DIR appears when everything is finished.
 
 A pair is rendered by the tokenizer's chat template; where it has none, by a plain one (turns joined by a line break)
 that is saved with the model. So `get_rewards.py --reward_template chat` feeds the model what it was trained on.
@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import Parser, UserError, fraction, natural, positive, positive_int, run
 from common.models import default_device, load_config, load_reward_model, load_tokenizer
+from common.provenance import data_inputs, model_inputs, provenance
 from common.records import read_json, refuse_other_settings, sha256, write_json
 from reward_model.preference_data import read_pairs, split_by_prompt
 
@@ -77,6 +78,8 @@ def main() -> None:
     if trainer.is_world_process_zero():
         save(trainer.model, tokenizer, unfinished)
         metrics = {"train_pairs": len(training), **evaluate(unfinished, held_out), "settings": settings}
+        inputs = model_inputs({"base model": args.model_name_or_path}) + data_inputs([args.train_file])
+        metrics["provenance"] = {"train": provenance(["accelerate"], inputs)}
         write_json(unfinished / "metrics.json", metrics)
         os.replace(unfinished, args.output_dir)
         print(report(metrics))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import Parser, UserError, run
+from common.cli import Parser, UserError, first_line, run
 
 
 def main() -> None:
@@ -28,8 +28,8 @@ def main() -> None:
     try:
         model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype="auto", weights_only=True)
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{args.model_name_or_path}: {str(error).strip().splitlines()[0]}") from None
+    except Exception as error:  # pickles that hold more than tensors, files that are missing or torn, ...
+        raise UserError(f"{args.model_name_or_path}: cannot be loaded ({first_line(error)})") from None
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     os.replace(temporary, args.output_dir)
