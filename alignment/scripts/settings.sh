@@ -2,6 +2,7 @@
 # Expects RECIPE.
 # shellcheck shell=bash source-path=SCRIPTDIR
 
+set -f  # what a user sets is never expanded to file names
 ALIGNMENT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PROJECT=$(dirname "$ALIGNMENT")
 
@@ -15,6 +16,14 @@ has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/nu
 # Names become parts of paths, so they must not be able to leave the run folder.
 check_name() { [[ $1 =~ ^[A-Za-z0-9][A-Za-z0-9_+.-]*$ ]] || die "$2 '$1': only letters, digits and _ + . - are allowed"; }
 
+# Bash arithmetic runs what stands in a variable (x='a[$(command)]'), so numbers are checked before any is done.
+check_whole() {
+    local name
+    for name in "$@"; do
+        [[ ${!name} =~ ^(0|[1-9][0-9]{0,8})$ ]] || die "$name '${!name}': not a whole number from 0 to 999999999"
+    done
+}
+
 load_recipe() {
     check_name "$RECIPE" RECIPE
     [[ -f $ALIGNMENT/recipes/$RECIPE.sh ]] || die "no recipe '$RECIPE' in alignment/recipes"
@@ -25,6 +34,7 @@ load_recipe() {
     local sampler
     for sampler in $SAMPLERS; do check_name "$sampler" sampler; done
     [[ $ITERS =~ ^[1-9][0-9]*$ ]] || die "ITERS '$ITERS': not a whole number above 0"
+    check_whole SEED GLOBAL_BATCH PER_DEVICE_BATCH NUM_MACHINES MACHINE_RANK TEST_START KL_PROMPTS
 }
 
 # A run on the wrong machine ends here, with what to do instead.
@@ -39,6 +49,7 @@ check_machine() {
     else
         default GPUS 0
     fi
+    check_whole GPUS
     if ((GPUS == 0)); then export DS_ACCELERATOR=cpu; fi
     export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::FutureWarning}  # from libraries, about one another
 }
@@ -59,7 +70,7 @@ run() {
     shift
     printf '\n[%s] %s\n' "$stage" "$(printf '%q ' "$@")"
     [[ -z ${DRY_RUN:-} ]] || return 0
-    "$@" || status=$?
+    "$@" {LOCK}>&- || status=$?
     if ((status != 0)); then
         echo "$(basename "$0"): stage '$stage' failed (exit code $status); the same command continues from here" >&2
         exit "$status"
@@ -67,6 +78,20 @@ run() {
     printf '%s\t%s\n' "$stage" $((SECONDS - began)) >>"$RUN_DIR/stage_seconds.tsv"
 }
 
+# One driver a run folder (and machine): the lock goes with this process, however it ends. Stages do not inherit it.
+lock_run() {
+    { mkdir -p "$RUN_DIR" && : >>"$RUN_DIR/.lock.$MACHINE_RANK"; } 2>/dev/null || die "RUN_DIR $RUN_DIR: cannot be written"
+    exec {LOCK}>>"$RUN_DIR/.lock.$MACHINE_RANK"
+    flock --nonblock "$LOCK" || die "another driver works in $RUN_DIR"
+}
+
+# Bash runs this when the stage at hand, which gets the signal too, has ended.
+stopped() {
+    echo "$(basename "$0"): stopped; the same command continues from here" >&2
+    exit 130
+}
+
 load_recipe
 check_machine
-if [[ -z ${DRY_RUN:-} ]]; then mkdir -p "$RUN_DIR"; fi
+if [[ -z ${DRY_RUN:-} ]]; then lock_run; fi
+trap stopped INT TERM
