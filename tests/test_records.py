@@ -79,9 +79,18 @@ def test_torn_last_line_is_dropped(tmp_path, cut):
 
 
 def test_journal_of_other_settings_is_refused(tmp_path):
-    Journal(tmp_path / "out.json", {"seed": 1}).close(done=False)
+    first = Journal(tmp_path / "out.json", {"seed": 1})
+    first.add("0", {})
+    first.close(done=False)
     with pytest.raises(UserError, match="seed"):
         Journal(tmp_path / "out.json", {"seed": 2})
+
+
+def test_journal_without_rows_takes_other_settings(tmp_path):
+    """A stage that failed before its first row can be started again with what was wrong put right."""
+    Journal(tmp_path / "out.json", {"seed": 1}).close(done=False)
+    Journal(tmp_path / "out.json", {"seed": 2}).close(done=False)
+    assert journal_path(tmp_path / "out.json").read_text() == '{"seed": 2}\n'
 
 
 def test_second_writer_is_refused(tmp_path):

@@ -81,8 +81,8 @@ def write_cache(path: Path, key: dict, pairs: list[list[float]]) -> None:
     """Writes the cache; a folder that cannot be written costs a repetition, not the run."""
     try:
         write_json(path, {"settings": key, "logps": pairs})
-    except OSError as error:
-        say(f"{path}: not kept ({error.strerror}); a restart computes them again")
+    except UserError as error:
+        say(f"{error}; a restart computes the reference log-probabilities again")
 
 
 def compute(rows: list[dict], options, training, dtype: str, autocast: bool) -> list[list[float]]:

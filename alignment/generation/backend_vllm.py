@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Iterator
 
+from common.cli import UserError
 from common.models import default_device, load_config
 from generation.interface import Request, Response, Sampling
 
@@ -63,6 +64,14 @@ class VLLMGenerator:
 
     def generate(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Response]:
         """Yields responses as they finish, in no particular order; reads `requests` only as fast as it samples."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            yield from self._generate(requests, sampling)
+        except EngineDeadError:
+            raise UserError("vLLM's engine process died; the same command continues from here") from None
+
+    def _generate(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Response]:
         engine = self.llm.llm_engine
         in_flight = 0
         waiting = iter(requests)
