@@ -15,7 +15,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(PROJECT / "alignment"), str(PROJECT)]  # the samplers' colours are the bandit's
 
 from common.cli import Parser, UserError, natural, positive_int, run
-from common.records import write_atomic
+from common.records import write_atomic, writing
 
 
 def parser() -> Parser:
@@ -55,10 +55,8 @@ def main() -> None:
     table, pairs = summary_table(rows), pair_table(data, samplers, args.iterations, args.seed)
     words = verdict(data, samplers, args.iterations, args.seed)
     results = run_dir / "results"
-    try:
+    with writing(results):
         results.mkdir(exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{results}: {error.strerror}") from None
     write_atomic(results / "summary.csv", summary_csv(rows))
     write_atomic(results / "win_rates.csv", win_csv(win_rows(data, models, args.seed)))
     write_atomic(results / "summary.md", f"{markdown(table)}\n{markdown(pairs)}\n{words}\n")
@@ -92,7 +90,8 @@ def write_report(data, rows, samplers: list[str], args, texts: tuple) -> None:
             pairs,
         ),
     }
-    figures = save_figures(data, rows, samplers, args.iterations, results, args.seed)
+    with writing(results):
+        figures = save_figures(data, rows, samplers, args.iterations, results, args.seed)
     title = f"Evaluation of {Path(args.run_dir).resolve().name}"
     write_atomic(results / "report.html", page(title, words, tables, figures, data.settings))
 
