@@ -1,11 +1,11 @@
-"""generate.py through its real command line: the contract, resuming, and wrong input."""
+"""generate.py through its real command line: the contract, resuming; wrong input is in test_bad_input.py."""
 
 import json
 
 import pytest
 import torch
 from commands import python
-from tiny import CHARACTERS, save_tiny_policy, tiny_tokenizer
+from tiny import save_tiny_policy, tiny_tokenizer
 
 from common.models import load_causal_lm
 from common.records import journal_path, read_records
@@ -112,40 +112,6 @@ def test_greedy_backends_write_the_same_instances(place, tmp_path):
         result = generate(place, tmp_path / f"{backend}.json", "--temperature", 0, backend=backend)
         assert result.returncode == 0, result.stderr
     assert read_records(tmp_path / "vllm.json")[0] == read_records(tmp_path / "hf.json")[0]
-
-
-def test_refusals_before_a_model_is_loaded(place, tmp_path):
-    save_tiny_policy(tmp_path / "other", 2, tokenizer=tiny_tokenizer(characters=CHARACTERS[::-1]))
-    (tmp_path / "empty.json").write_text("[]")
-    (tmp_path / "pickled").mkdir()
-    (tmp_path / "pickled" / "config.json").write_text("{}")
-    (tmp_path / "pickled" / "pytorch_model.bin").write_text("")
-    output = tmp_path / "out.json"
-    cases = [
-        (("--ref_model_name_or_path", tmp_path / "other"), ("vocabular",)),
-        (("--K", 3), ("--K 3", "even")),
-        (("--dataset_name_or_path", tmp_path / "empty.json"), ("empty.json", "no prompts")),
-        (("--dataset_name_or_path", tmp_path / "none.json"), ("none.json", "no such file")),
-        (("--model_name_or_path", tmp_path / "absent"), ("absent", "no such folder")),
-        (("--model_name_or_path", tmp_path / "pickled"), ("pickled", "safetensors")),
-        (("--max_input_length", 250), ("250", "256")),
-        (("--temperature", -1), ("--temperature", "'-1'")),
-        (("--K", "two"), ("--K", "'two'")),
-        (("--seed", -3), ("--seed",)),
-        (("--template", "mine"), ("--template",)),
-        (("--what", 1), ("--what",)),
-        (("--start", 3, "--end", 2), ("empty slice",)),
-        (("--output_file", place / "prompts.jsonl" / "out.json"), ("prompts.jsonl",)),
-    ]
-    for flags, parts in cases:
-        one_line_error(generate(place, output, *flags), *parts)
-    for sampler, part in [
-        (("--sampler", "best"), "unknown sampler 'best'"),
-        (("--pairs", "[[2,[1,0],[1,0]]]"), "sum to 1"),
-        (("--family", "1", "1", "2"), "--family"),
-    ]:
-        one_line_error(generate(place, output, sampler=sampler), part)
-    assert not output.exists() and not journal_path(output).exists()
 
 
 def test_help_explains_every_flag():

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import tiny_tokenizer
 
@@ -72,6 +72,9 @@ def read(reader, path: Path):
 
 @MANY
 @given(content=content)
+@example(content=b"[" * 100_000)
+@example(content=b"[" + b"9" * 5000 + b"]")
+@example(content=b'{"instances": [{"prompt": "a", "responses": ["b"], "rewards": [1], "score": NaN}]}')
 def test_data_files(folder, content):
     path = folder / "data.json"
     path.write_bytes(content)

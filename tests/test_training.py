@@ -277,7 +277,7 @@ def test_finished_folder(models, tmp_path, capsys):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.padding_side == AutoTokenizer.from_pretrained(models[0]).padding_side
     settings = json.loads((tmp_path / "out" / "settings.json").read_text())
-    assert settings["train"]["beta"] == BETA and settings["versions"]["torch"]
+    assert settings["train"]["beta"] == BETA and settings["provenance"]["train"]["versions"]["torch"]
     entry = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"][0]
     assert {
         "rewards/chosen",
@@ -490,8 +490,8 @@ def test_exploding_training_stops(models, tmp_path):
 def test_second_process_on_one_output_is_refused(tmp_path):
     from dpo_iteration import checkpoints
 
-    lock = checkpoints.open_work(str(tmp_path / "out"), {}, {})
+    lock = checkpoints.open_work(str(tmp_path / "out"), {}, {}, dict)
     with pytest.raises(UserError, match="another process is training here"):
-        checkpoints.open_work(str(tmp_path / "out"), {}, {})
+        checkpoints.open_work(str(tmp_path / "out"), {}, {}, dict)
     lock.close()
-    checkpoints.open_work(str(tmp_path / "out"), {}, {}).close()
+    checkpoints.open_work(str(tmp_path / "out"), {}, {}, dict).close()
