@@ -1,7 +1,9 @@
 """Generation with vLLM: one engine, one continuous batch, for any mix of policy, reference and their mixtures."""
 
 import os
+import threading
 from collections.abc import Iterable, Iterator
+from multiprocessing import connection
 
 from common.cli import UserError
 from common.models import default_device, load_config
@@ -61,6 +63,7 @@ class VLLMGenerator:
             **engine_options,
         )
         self.window = 4 * max_num_seqs
+        _watch_engine(self.llm.llm_engine.engine_core)
 
     def generate(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Response]:
         """Yields responses as they finish, in no particular order; reads `requests` only as fast as it samples."""
@@ -100,6 +103,21 @@ class VLLMGenerator:
         engine = self.llm.llm_engine
         [prompt] = engine.renderer.render_cmpl([{"prompt_token_ids": request.prompt_ids}])
         engine.add_request(request.key, prompt, params)
+
+
+def _watch_engine(core) -> None:
+    """Ends the wait for an engine process (if there is one) that was killed: vLLM itself would wait for ever."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    if not hasattr(core, "outputs_queue"):  # the engine runs in this process
+        return
+    processes = core.resources.engine_manager.sentinels()
+
+    def wait() -> None:
+        connection.wait(processes)
+        core.outputs_queue.put_nowait(EngineDeadError())
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _as_response(output, sampling: Sampling) -> Response:
