@@ -177,7 +177,7 @@ def test_a_sampler_that_is_not_trained_yet_is_missing(run_dir, results, tmp_path
     words = ("--run_dir", copy, "--samplers", "online", "gshf", "--iterations", 3)
     assert call(summarize, *words) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert next(line for line in lines if line.startswith("| gshf, iteration 2")).count("missing") == 6
+    assert next(line for line in lines if line.startswith("| gshf, iteration 2")).count("missing") == 7
     assert next(line for line in lines if line.startswith("| online, iteration 2")).count("missing") == 0
 
 
