@@ -195,7 +195,12 @@ def refused(driver: str, **environment) -> str:
 
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_without_a_gpu_a_driver_says_what_to_do(driver, tmp_path):
-    path = os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if "nvidia" not in p)
+    # On a machine that has GPUs too: an nvidia-smi that finds none.
+    tool = tmp_path / "bin" / "nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    tool.chmod(0o755)
+    path = f"{tool.parent}{os.pathsep}{os.environ['PATH']}"
     line = refused(driver, RUN_DIR=tmp_path / "run", PATH=path)
     assert "needs GPUs" in line and "quickstart" in line
     assert not (tmp_path / "run").exists()
