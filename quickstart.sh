@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole system on a machine without a GPU: set-up, assets, iterations of online DPO for each sampler, report.
 #   bash quickstart.sh                                  four samplers, three iterations: about 30 minutes on 2 cores
-#   SAMPLERS="online mixp" ITERS=2 bash quickstart.sh   about 10 minutes
+#   SAMPLERS="online mixp" ITERS=2 bash quickstart.sh   about 10 minutes, and set-up
 # Stopped at any point, the same command continues. Any constant of alignment/recipes/quickstart.sh can be set.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
