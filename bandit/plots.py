@@ -93,7 +93,7 @@ def draw_figure(results: Results, figure: str, settings: Mapping, with_theory: b
         draw_theory(axes, results, settings)
     axes.set_xlabel("updates")
     axes.set_ylabel(label)
-    axes.set_xlim(0, settings["num_iter"])
+    axes.set_xlim(0, max(1, settings["num_iter"] - 1))
     axes.margins(x=0)
     beside = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)} if crowded else {}
     axes.legend(frameon=False, title=_title(settings, modes), title_fontsize=8, alignment="left", **beside)
