@@ -1,6 +1,7 @@
 """What a reward model reads, in training and in use: a prompt with its response as text, and as tokens."""
 
 from common.cli import UserError
+from common.models import render_chat
 
 TEMPLATES = ("none", "chat")
 
@@ -47,10 +48,7 @@ def _checked_messages(messages: object, where: str) -> list[dict]:
 def chat_text(tokenizer, messages: list[dict], response: str, where: str) -> str:
     """The conversation and the response through the reward model's chat template."""
     turns = [*messages, {"role": "assistant", "content": response}]
-    try:
-        return tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception as error:  # a template may raise anything, for example on a system turn
-        raise UserError(f"{where}: the reward model's chat template refuses it ({error})") from None
+    return render_chat(tokenizer, turns, f"{where}, reward model")
 
 
 def instance_texts(

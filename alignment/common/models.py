@@ -122,6 +122,14 @@ def default_dtype() -> str:
     return "bfloat16" if default_device() == "cuda" else "float32"
 
 
+def render_chat(tokenizer, messages: list[dict], where: str, **options) -> str:
+    """The messages through the tokenizer's chat template. Raises `UserError` naming `where` if it refuses them."""
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except Exception as error:  # a template may raise anything, for example on a system turn
+        raise UserError(f"{where}: the chat template refuses it ({first_line(error)})") from None
+
+
 def encode_prompt(tokenizer, text: str) -> list[int]:
     """Token ids of a templated prompt: the tokenizer's default special tokens, BOS at most once, no EOS added.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.cli import UserError, first_line
-from common.models import encode_prompt
+from common.models import encode_prompt, render_chat
 from common.records import check_writable, not_json, read_json
 
 # What stands around the user's text. `none` takes prompts as they are; `chat` is the tokenizer's own template.
@@ -138,11 +138,7 @@ def apply_template(
         if tokenizer.chat_template is None:
             raise UserError("--template chat: this tokenizer has no chat template")
         messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
-        try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template may raise anything, for example on a system turn
-            raise UserError(f"{where}: the chat template refuses it ({first_line(error)})") from None
-        return text, value
+        return render_chat(tokenizer, messages, where, add_generation_prompt=True), value
     if not isinstance(value, str):
         raise UserError(f"{where}: a chat of {len(value)} messages needs --template chat")
     return TEMPLATES[template].replace("{prompt}", value), value
