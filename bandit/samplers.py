@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bandit.mixtures import MIXTURES, POLICY, Mixture, always, get_mixture
 from bandit.problem import Bandit, gaps
 
 
@@ -110,18 +111,15 @@ def _log_uniform(u: np.ndarray) -> np.ndarray:
     return np.full_like(u, -math.log(u.shape[-1]))
 
 
-def logit_mixture(pairs: Callable[[float], list]) -> Callable[[np.ndarray, Bandit], Factors]:
-    """The language-model family: each arm from pi^w_policy pi_ref^w_reference, normalised.
-
-    pairs(beta) gives rows [probability, [w_policy, w_reference], [w_policy, w_reference]].
-    """
+def logit_mixture(mixture: Mixture) -> Callable[[np.ndarray, Bandit], Factors]:
+    """A row of the language-model table: each arm from pi^w_policy pi_ref^w_reference, normalised."""
 
     def factors(u: np.ndarray, bandit: Bandit) -> Factors:
         log_pi, log_ref = bandit.log_policy(u), bandit.log_ref
         return product_mixture(
             [
                 (p, *(_log_softmax(policy * log_pi + reference * log_ref) for policy, reference in arms))
-                for p, *arms in pairs(bandit.beta)
+                for p, *arms in mixture.pairs(bandit.beta)
             ]
         )
 
@@ -134,17 +132,6 @@ def _optimal_uniform(u: np.ndarray, bandit: Bandit) -> Factors:
 
 def _policy_uniform(u: np.ndarray, bandit: Bandit) -> Factors:
     return product_mixture([(1.0, bandit.log_policy(u), _log_uniform(u))])
-
-
-POLICY, REFERENCE = [1.0, 0.0], [0.0, 1.0]
-
-
-def _rows(*pairs: list) -> Callable[[np.ndarray, Bandit], Factors]:
-    return logit_mixture(lambda beta: list(pairs))
-
-
-def _pilaf(beta: float) -> list:
-    return [[0.5, POLICY, POLICY], [0.5, [1 + beta, -beta], [1 - beta, beta]]]
 
 
 def _mix_reward(u: np.ndarray, bandit: Bandit) -> Factors:
@@ -170,34 +157,25 @@ SAMPLERS = {
     "DPO-Mix-P-2": Sampler(lambda u, b: exponential(u), "((pi/pi_ref)^beta, (pi_ref/pi)^beta) alone"),
     "DPO-Opt-Unif": Sampler(_optimal_uniform, "one arm from the optimal policy, one uniform", fixed=True),
     "DPO-Policy-Unif": Sampler(_policy_uniform, "one arm from the current policy, one uniform"),
-    "DPO-Policy-Policy": Sampler(_rows([1.0, POLICY, POLICY]), "both arms from the current policy"),
-    "offline": Sampler(_rows([1.0, REFERENCE, REFERENCE]), "both arms from the reference", fixed=True),
-    "online": Sampler(_rows([1.0, POLICY, POLICY]), "both arms from the policy (as DPO-Policy-Policy)"),
-    "gshf": Sampler(_rows([1.0, REFERENCE, POLICY]), "one arm from the reference, one from the policy"),
-    "mixp": Sampler(_rows([1.0, [1.5, -0.5], [0.5, 0.5]]), "logit mixture 1.5/-0.5 x 0.5/0.5 (Safe-RLHF)"),
-    "mixp-iterative": Sampler(
-        _rows([0.3, POLICY, POLICY], [0.7, [1.5, -0.5], [0.5, 0.5]]),
-        "0.3 online, 0.7 mixp (Iterative-Prompt)",
+    "DPO-Policy-Policy": Sampler(
+        logit_mixture(Mixture(always(POLICY, POLICY), "")), "both arms from the current policy"
     ),
-    "pilaf": Sampler(logit_mixture(_pilaf), "1/2 online, 1/2 logit mixture 1+beta/-beta x 1-beta/beta"),
+    **{
+        name: Sampler(logit_mixture(row), row.about, fixed=name == "offline")
+        for name, row in MIXTURES.items()
+    },
 }
 
 
 def get_sampler(name: str) -> Sampler:
-    """Row of the table, or a new one written as `mix:A,B,P`: with probability P one arm from pi^(1+A) pi_ref^-A and
-    one from pi^(1-B) pi_ref^B, else both from pi.
+    """Row of the table, or a member of the logit-mixture family, `mix_A_B_P`, see bandit/mixtures.py.
 
     Raises:
         ValueError: the name is neither.
     """
     if name in SAMPLERS:
         return SAMPLERS[name]
-    if name.startswith("mix:"):
-        try:
-            a, b, p = (float(part) for part in name.removeprefix("mix:").split(","))
-        except ValueError:
-            raise ValueError(f"sampler {name!r}: expected mix:A,B,P with three numbers") from None
-        if not (math.isfinite(a) and math.isfinite(b) and 0 <= p <= 1):
-            raise ValueError(f"sampler {name!r}: A and B must be finite and P in [0, 1]")
-        return Sampler(_rows([1 - p, POLICY, POLICY], [p, [1 + a, -a], [1 - b, b]]), "logit mixture")
-    raise ValueError(f"unknown sampler {name!r}; known: {', '.join(SAMPLERS)}, mix:A,B,P")
+    if name.startswith("mix"):
+        mixture = get_mixture(name)
+        return Sampler(logit_mixture(mixture), mixture.about)
+    raise ValueError(f"unknown sampler {name!r}; known: {', '.join(SAMPLERS)}, mix_A_B_P")

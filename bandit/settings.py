@@ -41,7 +41,7 @@ def make_parser(description: str) -> OneLineParser:
     parser = OneLineParser(
         prog="tabular.py",
         description=description,
-        epilog=f"samplers:\n{table}\n  {'mix:A,B,P':18} with probability P one arm from pi^(1+A) pi_ref^-A, "
+        epilog=f"samplers:\n{table}\n  {'mix_A_B_P':18} with probability P one arm from pi^(1+A) pi_ref^-A, "
         "the other from pi^(1-B) pi_ref^B, else online\n\n"
         "numpy on the CPU; there is no --device: the updates are too short for a GPU.",
         formatter_class=argparse.RawDescriptionHelpFormatter,

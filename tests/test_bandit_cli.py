@@ -108,14 +108,14 @@ def test_theory_preset_reports_that_every_bound_holds(tmp_path):
 
 def test_both_modes_all_samplers_many_environments(tmp_path):
     process = tabular(
-        "--mode", "both", "--samplers", *SAMPLERS, "mix:0.2,0.4,0.5", "--num_envs", 3, "--num_actions", 5, "--theory",
+        "--mode", "both", "--samplers", *SAMPLERS, "mix_0.2_0.4_0.5", "--num_envs", 3, "--num_actions", 5, "--theory",
         "--reward_dist", "uniform", "--lr", 0.1, "--num_iter", 40, "--num_samples", 64,
         "--output_dir", tmp_path / "a",
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     data = results(tmp_path / "a")
     assert len(data) == 1 + 2 * 4 * (len(SAMPLERS) + 1)
-    assert data["mix:0.2,0.4,0.5/empirical/value"].shape == (3, 40)
+    assert data["mix_0.2_0.4_0.5/empirical/value"].shape == (3, 40)
     assert data["rewards"].min() >= 0 and data["rewards"].max() <= 1
     rows = list(csv.DictReader((tmp_path / "a" / "summary.csv").open()))
     assert len(rows) == 2 * (len(SAMPLERS) + 1)

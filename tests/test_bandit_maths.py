@@ -18,7 +18,7 @@ from bandit.steps import largest_stable_lr, matched_lr
 from bandit.summary import order_and_rate
 
 BETA = 1.7
-NAMES = [*SAMPLERS, "mix:0.3,0.2,0.6"]
+NAMES = [*SAMPLERS, "mix_0.3_0.2_0.6"]
 
 
 def exact_run(name, rewards, lr, num_iter, beta=BETA, log_ref=None, dtype=np.float64):
@@ -79,7 +79,7 @@ def pair_distribution(name, rewards, log_ref, theta):
         "mixp": lambda: lm((1.5, -0.5), (0.5, 0.5)),
         "mixp-iterative": lambda: 0.3 * lm(on, on) + 0.7 * lm((1.5, -0.5), (0.5, 0.5)),
         "pilaf": lambda: (lm(on, on) + lm((1 + BETA, -BETA), (1 - BETA, BETA))) / 2,
-        "mix:0.3,0.2,0.6": lambda: 0.4 * lm(on, on) + 0.6 * lm((1.3, -0.3), (0.8, 0.2)),
+        "mix_0.3_0.2_0.6": lambda: 0.4 * lm(on, on) + 0.6 * lm((1.3, -0.3), (0.8, 0.2)),
     }[name]()
 
 

@@ -72,7 +72,6 @@ PUBLISHED = {
             "--max_input_length": "128",
             "--max_new_tokens": "128",
             "--temperature": "0.7",
-            "--K": "2",
             "--start": "0",
             "--end": "10000",
         },
@@ -91,7 +90,6 @@ PUBLISHED = {
             "--max_input_length": "256",
             "--max_new_tokens": "128",
             "--temperature": "0.7",
-            "--K": "2",
         },
         "train": {
             "--max_length": "384",

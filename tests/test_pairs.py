@@ -23,14 +23,14 @@ def pick(choose_type, rewards, seed=0, pairs=None, penalty=0.0, **more):
 
 
 def test_table():
-    wanted = {"random", "max_random", "max_min", "max_max", "max_min_p", "mixed_max_min"}
+    wanted = {"random", "max_random", "max_min", "max_max", "max_min_p", "implicit_max_min", "mixed_max_min"}
     assert set(CHOOSE_TYPES) == wanted
 
 
 @pytest.mark.parametrize("choose_type", CHOOSE_TYPES)
 def test_chosen_is_better_or_the_prompt_is_dropped(choose_type):
     for rewards in PATTERNS:
-        pair, why = pick(choose_type, rewards, pairs=[0, 1, 1, 0])
+        pair, why = pick(choose_type, rewards, pairs=[0, 1, 1, 0], implicit_rewards=[0.3, -0.1, 0.2, 0.0])
         if pair is None:
             assert why == "equal rewards"
         else:
@@ -46,6 +46,14 @@ def test_ranks(choose_type, rank):
         assert (pair is None) == (ranked[0] == ranked[rank])
         if pair:
             assert (rewards[pair.chosen], rewards[pair.rejected]) == (ranked[0], ranked[rank])
+
+
+def test_implicit_rewards_choose_and_rewards_label():
+    for rewards in PATTERNS:
+        pair, _ = pick("implicit_max_min", rewards, implicit_rewards=[0.2, 0.5, -0.5, 0.1])
+        assert (pair is None) == (rewards[1] == rewards[2])
+        if pair:
+            assert {pair.chosen, pair.rejected} == {1, 2} and rewards[pair.chosen] > rewards[pair.rejected]
 
 
 def test_max_random_chooses_the_best():

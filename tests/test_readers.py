@@ -164,11 +164,11 @@ def test_a_folder_whose_name_is_not_utf_8(tmp_path):
 
 
 def test_a_prompt_that_stands_twice_is_sampled_twice_each_with_its_own_seeds(tmp_path):
+    from bandit.mixtures import family
     from generation.plan import Plan, requests
-    from generation.samplers import sampler_by_name
 
     (tmp_path / "p.json").write_text(json.dumps([{"prompt": "a"}, {"prompt": "b"}, {"prompt": "a"}]))
     prompts, _ = load_prompts([str(tmp_path / "p.json")], TOKENIZER)
-    asked = list(requests(Plan(prompts, 0, sampler_by_name("online", 0.1), 2, seed=3), {}))
+    asked = list(requests(Plan(prompts, 0, family(0, 0), 2, seed=3), {}))
     assert [r.prompt_ids == asked[0].prompt_ids for r in asked] == [True, True, False, False, True, True]
     assert len({r.key for r in asked}) == len({r.seed for r in asked}) == 6

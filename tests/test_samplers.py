@@ -6,40 +6,68 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from bandit.mixtures import MIXTURES, family
 from bandit.problem import make_bandit
 from bandit.samplers import get_sampler
 from common.cli import UserError
 from generation.interface import stream_seed
 from generation.samplers import (
-    SAMPLERS,
     as_settings,
     assign_rows,
     check_count,
-    family,
     models_needed,
+    pairs_from_json,
     sampler_by_name,
-    sampler_from_json,
 )
 
-# Written out from the paper, section 5, and arXiv 2502.04270; not from the code.
+# Written out from the paper's section 5 and from the sources that the rows name; not from the code.
 PUBLISHED = {
     "offline": [[1.0, [0, 1], [0, 1]]],
     "online": [[1.0, [1, 0], [1, 0]]],
     "gshf": [[1.0, [0, 1], [1, 0]]],
     "mixp": [[1.0, [1.5, -0.5], [0.5, 0.5]]],
+    "mixp-iterative": [[pytest.approx(0.3), [1, 0], [1, 0]], [0.7, [1.5, -0.5], [0.5, 0.5]]],
     "pilaf": [[0.5, [1, 0], [1, 0]], [0.5, [1.25, -0.25], [0.75, 0.25]]],  # beta = 1/4
+    "simplemix": [[0.5, [1, 0], [1, 0]], [0.5, [0, 1], [0, 1]]],
+    "xpo": [[1.0, [1, 0], [0, 1]]],
+    "history": [[1.0, [1, 0], [0, 1]]],
+    "best-worst": [[1.0, [1, 0], [1, 0]]],
+    "implicit-best-worst": [[1.0, [1, 0], [1, 0]]],
+    "random-pairs": [[1.0, [1, 0], [1, 0]]],
 }
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+def pairs_of(name: str, beta: float = 0.1):
+    return sampler_by_name(name).pairs(beta)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
 def test_table_is_the_published_one(name):
-    assert as_settings(sampler_by_name(name, beta=0.25)) == PUBLISHED[name]
+    assert as_settings(pairs_of(name, beta=0.25)) == PUBLISHED[name]
+
+
+def test_the_papers_samplers_draw_two_responses_and_label_the_better_one():
+    for name in ("offline", "online", "gshf", "mixp", "mixp-iterative", "pilaf"):
+        row = sampler_by_name(name)
+        assert (row.candidates, row.choose, row.second_model) == (2, "max_min", "reference")
+
+
+def test_family_members_have_names():
+    assert pairs_of("mix_0.5_0.5_1") == pairs_of("mix:0.5,0.5,1") == pairs_of("mixp")
+    assert pairs_of("mix_-0.2_1e-1_0.5") == family(-0.2, 0.1, 0.5)
+    assert pairs_of("mix_3_3_0") == pairs_of("online")
+
+
+@pytest.mark.parametrize("name", ["mix_1", "mix_1_2", "mix_1_2_3", "mix_a_b_c", "mix_nan_0_1", "mix_0_0_0_1"])
+def test_wrong_family_names_are_refused(name):
+    with pytest.raises(UserError, match=name):
+        sampler_by_name(name)
 
 
 def test_every_side_of_every_pair_is_normalised_like_a_distribution():
     # Weights that sum to 1 keep a logit shift common to both models a shift.
-    for name in SAMPLERS:
-        for row in sampler_by_name(name, 0.1):
+    for name in MIXTURES:
+        for row in pairs_of(name):
             assert sum(row.first) == pytest.approx(1) and sum(row.second) == pytest.approx(1)
 
 
@@ -51,9 +79,9 @@ def test_family_with_probability_is_the_iterative_prompt_setting():
 
 
 def test_json_round_trip():
-    for name in SAMPLERS:
-        sampler = sampler_by_name(name, 0.3)
-        assert sampler_from_json(json.dumps(as_settings(sampler))) == sampler
+    for name in MIXTURES:
+        pairs = pairs_of(name, 0.3)
+        assert pairs_from_json(json.dumps(as_settings(pairs))) == pairs
 
 
 @pytest.mark.parametrize(
@@ -73,24 +101,24 @@ def test_json_round_trip():
 )
 def test_wrong_json_is_refused(text):
     with pytest.raises(UserError, match="--pairs"):
-        sampler_from_json(text)
+        pairs_from_json(text)
 
 
 def test_unknown_name_lists_the_known_ones():
-    with pytest.raises(UserError, match="offline, online, gshf, mixp, pilaf"):
-        sampler_by_name("best", 0.1)
+    with pytest.raises(UserError, match="offline, online, gshf, mixp, mixp-iterative, pilaf"):
+        sampler_by_name("best")
 
 
 def test_models_needed():
-    assert models_needed(sampler_by_name("online", 0.1)) == (True, False)
-    assert models_needed(sampler_by_name("offline", 0.1)) == (False, True)
-    assert models_needed(sampler_by_name("gshf", 0.1)) == (True, True)
-    assert models_needed(sampler_from_json("[[1,[2,0],[1,0]]]")) == (True, True)
+    assert models_needed(pairs_of("online")) == (True, False)
+    assert models_needed(pairs_of("offline")) == (False, True)
+    assert models_needed(pairs_of("gshf")) == (True, True)
+    assert models_needed(pairs_from_json("[[1,[2,0],[1,0]]]")) == (True, True)
 
 
 @pytest.mark.parametrize("count", [2, 4, 8])
 def test_half_of_the_responses_come_from_each_side(count):
-    assignments = assign_rows(sampler_by_name("mixp", 0.1), count, seed=1)
+    assignments = assign_rows(pairs_of("mixp"), count, seed=1)
     assert [a.weights for a in assignments] == [(1.5, -0.5)] * (count // 2) + [(0.5, 0.5)] * (count // 2)
 
 
@@ -110,13 +138,13 @@ def test_rows_are_drawn_with_their_probabilities():
 
 
 def test_odd_count_needs_a_one_sided_sampler():
-    check_count(sampler_by_name("online", 0.1), 1)
-    assert len(assign_rows(sampler_by_name("online", 0.1), 3, 0)) == 3
+    check_count(pairs_of("online"), 1)
+    assert len(assign_rows(pairs_of("online"), 3, 0)) == 3
     with pytest.raises(UserError, match="must be even"):
-        check_count(sampler_by_name("gshf", 0.1), 3)
+        check_count(pairs_of("gshf"), 3)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", MIXTURES)
 def test_the_bandit_has_the_same_sampler(name):
     """Pair probabilities in the bandit's table, against those that this table's rows give by enumeration."""
     rng, beta = np.random.default_rng(0), 0.25
@@ -125,7 +153,7 @@ def test_the_bandit_has_the_same_sampler(name):
     weights, _ = get_sampler(name).weights(u, bandit)
     log_pi, log_ref = bandit.log_policy(u)[0], bandit.log_ref[0]
     expected = np.zeros((5, 5))
-    for probability, *sides in sampler_by_name(name, beta):
+    for probability, *sides in pairs_of(name, beta):
         first, second = (np.exp(w * log_pi + v * log_ref) for w, v in sides)
         expected += probability * np.outer(first / first.sum(), second / second.sum())
     np.testing.assert_allclose(weights[0] / weights[0].sum(), (expected + expected.T) / 2, atol=1e-12)

@@ -33,9 +33,10 @@ class DPOOptions:
     beta: float = option(0.1, "Strength of the pull towards the reference model, above 0.")
     margin_scale: float = option(1.0, "margin = this x (reward of chosen - reward of rejected).")
     choose_type: str = option(
-        "max_min",
-        "Which two of a prompt's responses make its pair, see pairs.py.",
-        choices=list(CHOOSE_TYPES),
+        "sampler",
+        "Which two of a prompt's responses make its pair, see pairs.py; `sampler`: the rule of the row that the data "
+        "was sampled with, max_min where the data file names none.",
+        choices=["sampler", *CHOOSE_TYPES],
     )
     length_penalty: float = option(
         0.0, "Reward taken off per response token, for choose_type max_min_p only."

@@ -2,12 +2,13 @@
 
 Each function takes
 
-    scores      [K] floats, what is compared (rewards; with `max_min_p` rewards less a length penalty)
+    scores      [K] floats, what the choice looks at: rewards; with `max_min_p` rewards less a length penalty, with
+                `implicit_max_min` implicit rewards
     components  [K] ints, which pair of the sampler's table each response came from (None where the file has none)
     rng         a `random.Random`, the only source of chance
 
 and returns two indices into the K responses, in any order, or None where the prompt allows no such pair. The one
-with the higher score is then the chosen one; a tie is no preference and is dropped (`choose`).
+with the higher (penalised) reward is then the chosen one; a tie is no preference and is dropped (`choose`).
 """
 
 import random
@@ -78,15 +79,16 @@ CHOOSE_TYPES: dict[str, Callable] = {
     "max_random": max_random,
     "max_min": max_min,
     "max_max": max_max,
-    "max_min_p": max_min,  # of penalised scores, see `scores_of`
+    "max_min_p": max_min,  # of penalised rewards, see `rewards_of`
+    "implicit_max_min": max_min,  # of implicit rewards
     "mixed_max_min": mixed_max_min,
 }
 
 
-def scores_of(instance: dict, choose_type: str, length_penalty: float) -> list[float]:
-    """What is compared: the rewards; for `max_min_p` less `length_penalty` per token (num_tokens) of the response.
+def rewards_of(instance: dict, choose_type: str, length_penalty: float) -> list[float]:
+    """What the margin is made of: the rewards; for `max_min_p` less `length_penalty` per token of the response.
 
-    A file without `num_tokens` is penalised per character.
+    Tokens are `num_tokens`; a file without it is penalised per character.
     """
     if choose_type != "max_min_p":
         return list(instance["rewards"])
@@ -100,21 +102,23 @@ def choose(
     """The pair of one prompt.
 
     Args:
-        instance: with `responses` [K], `rewards` [K]; `pairs` [K] for mixed_max_min.
+        instance: with `responses` [K], `rewards` [K]; `pairs` [K] for mixed_max_min, `implicit_rewards` [K] for
+            implicit_max_min.
 
     Returns:
         (pair, "") or (None, why the prompt was dropped).
     """
-    scores = scores_of(instance, choose_type, length_penalty)
+    rewards = rewards_of(instance, choose_type, length_penalty)
+    scores = instance["implicit_rewards"] if choose_type == "implicit_max_min" else rewards
     indices = CHOOSE_TYPES[choose_type](scores, instance.get("pairs"), rng)
     if indices is None:
         return None, "no component with two responses"
-    chosen, rejected = sorted(indices, key=lambda i: -scores[i])
-    if scores[chosen] == scores[rejected]:
+    chosen, rejected = sorted(indices, key=lambda i: -rewards[i])
+    if rewards[chosen] == rewards[rejected]:
         return None, "equal rewards"
     if instance["responses"][chosen] == instance["responses"][rejected]:
         return None, "identical responses"
-    return Pair(chosen, rejected, scores[chosen] - scores[rejected]), ""
+    return Pair(chosen, rejected, rewards[chosen] - rewards[rejected]), ""
 
 
 def choose_all(

@@ -31,7 +31,7 @@ from dpo_iteration import checkpoints
 from dpo_iteration.distributed import on_main, say
 from dpo_iteration.dpo import DPOTrainer, as_scorer, disable_dropout
 from dpo_iteration.options import parse, prepare_training, quit_with, settings_of, start_wandb
-from dpo_iteration.pairs import choose_all
+from dpo_iteration.pairs import CHOOSE_TYPES, choose_all
 from dpo_iteration.reference import add_reference_logps
 from dpo_iteration.rows import build_rows, collate, split_by_prompt
 
@@ -63,7 +63,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def read_data(options) -> tuple[list[dict], dict]:
-    """Instances and settings of the data file, checked."""
+    """Instances and settings of the data file, checked; a choice that is left to the sampler is looked up there."""
+    if options.choose_type == "sampler":
+        _, data_settings = read_records(options.train_dir)
+        options.choose_type = (data_settings.get("generate") or {}).get("choose_type") or "max_min"
+        if options.choose_type not in CHOOSE_TYPES:
+            raise UserError(
+                f"{options.train_dir}: its sampler's choose_type {options.choose_type!r} is unknown"
+            )
     needed = ("responses", "rewards") + (("pairs",) if options.choose_type == "mixed_max_min" else ())
     return read_records(options.train_dir, needed)
 

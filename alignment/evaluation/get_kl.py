@@ -19,8 +19,10 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+PROJECT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(PROJECT / "alignment"), str(PROJECT)]  # the samplers' table is the bandit's
 
+from bandit.mixtures import MIXTURES
 from common.cli import Parser, UserError, checked, fraction, natural, positive_int, run
 from common.models import (
     check_same_vocabulary,
@@ -39,7 +41,9 @@ from common.records import Journal, is_done, journal, read_records, sha256, writ
 from generation.interface import Sampling
 from generation.plan import Plan, requests
 from generation.prompts import TEMPLATES, load_prompts
-from generation.samplers import POLICY, Pair, sampler_from_json
+from generation.samplers import pairs_from_json
+
+POLICY_ALONE = MIXTURES["online"].pairs(0.0)
 
 temperature_above_zero = checked(
     float, lambda v: 0 < v < float("inf"), "a temperature above 0 (the KL of greedy decoding is not finite)"
@@ -152,7 +156,7 @@ def sample(args: argparse.Namespace, prompts: list, book: Journal, tokenizer) ->
 
     from evaluation.kl import Sequence
 
-    plan = Plan(prompts, args.start, (Pair(1.0, POLICY, POLICY),), 1, args.seed)
+    plan = Plan(prompts, args.start, POLICY_ALONE, 1, args.seed)
     wanted = list(requests(plan, book.rows))
     if wanted:
         generator = make_generator(args)
@@ -229,7 +233,7 @@ def check_origin(args: argparse.Namespace, made_with: dict) -> None:
     if temperature != args.temperature:
         raise UserError(f"{args.responses}: sampled at temperature {temperature}, not {args.temperature}")
     sampler = made_with.get("sampler")
-    if sampler is not None and sampler_from_json(json.dumps(sampler)) != (Pair(1.0, POLICY, POLICY),):
+    if sampler is not None and pairs_from_json(json.dumps(sampler)) != POLICY_ALONE:
         raise UserError(
             f"{args.responses}: its sampler is not the policy alone, so it does not estimate its KL"
         )

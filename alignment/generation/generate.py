@@ -1,6 +1,7 @@
 """Samples K responses for every prompt, each from the distribution that the sampler's table gives it.
 
-Reads   a policy, a reference, prompts (JSON, JSONL, a folder saved by `datasets`, or a name on a hub).
+Reads   a policy, a reference, prompts (JSON, JSONL, a folder saved by `datasets`, or a name on a hub); for samplers
+        with history the policy of the iteration before.
 Writes  OUT.json: prompts, responses, which pair of the sampler each came from, why it stopped, all settings.
         Until that is complete, OUT.json.journal: the same command continues from it.
 
@@ -10,12 +11,13 @@ Writes  OUT.json: prompts, responses, which pair of the sampler each came from, 
 """
 
 import argparse
-import math
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+PROJECT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(PROJECT / "alignment"), str(PROJECT)]  # the samplers' table is the bandit's
 
+from bandit.mixtures import MIXTURES, Mixture, Pairs
 from common.cli import Parser, UserError, fraction, natural, non_negative, positive, positive_int, run
 from common.models import (
     check_same_vocabulary,
@@ -31,14 +33,12 @@ from generation.interface import Sampling
 from generation.plan import Plan, instances, requests
 from generation.prompts import TEMPLATES, Prompt, load_prompts
 from generation.samplers import (
-    SAMPLERS,
-    Sampler,
     as_settings,
     check_count,
-    family,
     models_needed,
     sampler_by_name,
     sampler_from_json,
+    sampler_of_family,
 )
 
 
@@ -46,6 +46,10 @@ def parser() -> Parser:
     p = Parser(__doc__)
     p.add("--model_name_or_path", "the policy: folder or hub name", required=True)
     p.add("--ref_model_name_or_path", "the reference; needed by samplers that use it")
+    p.add(
+        "--previous_model_name_or_path",
+        "the policy of the iteration before; needed by the sampler history, in which it stands for the reference",
+    )
     p.add("--dataset_name_or_path", "prompts: file(s), folder(s) or hub name(s)", nargs="+", required=True)
     p.add("--dataset_split", "split of a data set", default="train")
     p.add("--dataset_key", "field that holds the prompt (default: prompt, messages or context_messages)")
@@ -60,7 +64,10 @@ def parser() -> Parser:
     )
     p.add("--end", "prompt to stop before (default: all); one a slice", type=positive_int, nargs="+")
     which = p.add_mutually_exclusive_group()
-    which.add_argument("--sampler", help=f"a row of the table: {', '.join(SAMPLERS)} (default: online)")
+    which.add_argument(
+        "--sampler",
+        help=f"a row of the table: {', '.join(MIXTURES)}; or mix_A_B_P, see --family (default: online)",
+    )
     which.add_argument("--pairs", help="a table of your own: [[p, [w_policy, w_reference], [w, w]], ...]")
     which.add_argument(
         "--family",
@@ -70,7 +77,7 @@ def parser() -> Parser:
         help="with probability p: (1 + a, -a) against (1 - b, b); else both on-policy",
     )
     p.add("--beta", "KL coefficient of the DPO loss, used by the sampler pilaf", type=positive, default=0.1)
-    p.add("--K", "responses a prompt", type=positive_int, default=2)
+    p.add("--K", "responses a prompt (default: the sampler's own, mostly 2)", type=positive_int)
     p.add("--temperature", "0 = greedy", type=non_negative, default=0.7)
     p.add("--max_new_tokens", "longest response, tokens", type=positive_int, default=128)
     p.add("--max_input_length", "leave out prompts with more tokens", type=positive_int, default=128)
@@ -85,27 +92,25 @@ def parser() -> Parser:
     return p
 
 
-def chosen_sampler(args: argparse.Namespace) -> Sampler:
+def chosen_sampler(args: argparse.Namespace) -> Mixture:
     """The sampler that the flags name. Raises `UserError` if there is none such."""
     if args.pairs:
         return sampler_from_json(args.pairs)
     if args.family:
-        a, b, p = args.family
-        if not (math.isfinite(a) and math.isfinite(b) and 0 < p <= 1):
-            raise UserError(f"--family {a} {b} {p}: a and b must be finite, and p above 0 and at most 1")
-        return family(a, b, p)
-    return sampler_by_name(args.sampler or "online", args.beta)
+        return sampler_of_family(*args.family)
+    return sampler_by_name(args.sampler or "online")
 
 
-def chosen_models(args: argparse.Namespace, sampler: Sampler) -> tuple[str | None, str | None]:
-    """(policy, reference), None for one that the sampler does not use."""
-    needs_policy, needs_reference = models_needed(sampler)
-    if needs_reference and not args.ref_model_name_or_path:
-        raise UserError("this sampler needs --ref_model_name_or_path")
-    return (
-        args.model_name_or_path if needs_policy else None,
-        args.ref_model_name_or_path if needs_reference else None,
-    )
+def chosen_models(args: argparse.Namespace, sampler: Mixture) -> tuple[str | None, str | None]:
+    """(policy, second model), None for one that the sampler does not use."""
+    needs_policy, needs_second = models_needed(sampler.pairs(args.beta))
+    flag = {"reference": "ref_model_name_or_path", "previous": "previous_model_name_or_path"}[
+        sampler.second_model
+    ]
+    second = getattr(args, flag)
+    if needs_second and not second:
+        raise UserError(f"this sampler needs --{flag}")
+    return args.model_name_or_path if needs_policy else None, second if needs_second else None
 
 
 def read_prompts(args: argparse.Namespace, tokenizer, start: int, end: int | None) -> list[Prompt]:
@@ -173,9 +178,9 @@ def make_generator(args: argparse.Namespace, policy: str | None, reference: str 
 
 
 def settings_of(
-    args: argparse.Namespace, sampler: Sampler, policy: str | None, reference: str | None
+    args: argparse.Namespace, sampler: Mixture, pairs: Pairs, policy: str | None, reference: str | None
 ) -> dict:
-    """Everything that the responses depend on, but for the slice."""
+    """Everything that the responses depend on, but for the slice; and the rule that makes pairs of them."""
     kept = (
         "template",
         "max_prompt_characters",
@@ -190,7 +195,8 @@ def settings_of(
         "policy": policy,
         "reference": reference,
         "dataset": {name: sha256(name) if Path(name).is_file() else args.dataset_split for name in names},
-        "sampler": as_settings(sampler),
+        "sampler": as_settings(pairs),
+        "choose_type": sampler.choose,
         **{name: getattr(args, name) for name in (*kept, "backend", "dtype")},
     }
 
@@ -229,12 +235,14 @@ def sample_slice(plan: Plan, book: Journal, generator, sampling: Sampling, token
 def main() -> None:
     args = parser().parse_args()
     sampler = chosen_sampler(args)
-    check_count(sampler, args.K)
+    pairs = sampler.pairs(args.beta)
+    args.K = args.K or sampler.candidates
+    check_count(pairs, args.K)
     policy, reference = chosen_models(args, sampler)
     args.dtype = args.dtype or default_dtype()
     wanted = slices(args)
     tokenizer = check_models(args, policy, reference)
-    settings = settings_of(args, sampler, policy, reference)
+    settings = settings_of(args, sampler, pairs, policy, reference)
     todo = []
     for start, end, output in wanted:
         own_settings = {**settings, "start": start, "end": end}
@@ -242,7 +250,7 @@ def main() -> None:
         if is_done(output, "generate", own_settings):
             print(f"generate: {output} is already complete")
         else:
-            todo.append((output, own_settings, Plan(prompts, start, sampler, args.K, args.seed)))
+            todo.append((output, own_settings, Plan(prompts, start, pairs, args.K, args.seed)))
     if not todo:
         return
     sampling = Sampling(args.temperature, args.max_new_tokens, stop_token_ids(tokenizer, policy or reference))

@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from bandit.mixtures import Pairs
 from generation.interface import Request, stream_seed
 from generation.prompts import Prompt
-from generation.samplers import Assignment, Sampler, assign_rows
+from generation.samplers import Assignment, assign_rows
 
 
 class Plan(NamedTuple):
@@ -14,20 +15,20 @@ class Plan(NamedTuple):
     Attributes:
         prompts: a slice of the data set.
         start: number of the first of them in the whole, so that a prompt has the same seeds in every slice.
-        sampler: rows of pairs.
+        pairs: the sampler's.
         count: responses a prompt.
         seed: of the run.
     """
 
     prompts: list[Prompt]
     start: int
-    sampler: Sampler
+    pairs: Pairs
     count: int
     seed: int
 
     def assignments(self, index: int) -> list[Assignment]:
         """The distributions of the responses to prompt number `index`."""
-        return assign_rows(self.sampler, self.count, stream_seed(self.seed, index))
+        return assign_rows(self.pairs, self.count, stream_seed(self.seed, index))
 
 
 def requests(plan: Plan, done: dict[str, dict]) -> Iterator[Request]:

@@ -10,7 +10,7 @@ default NEEDS_GPU 1
 
 # Generation. A prompt is left out if it has more characters (with its template) or more tokens than this.
 default MAX_PROMPT_CHARACTERS ""
-default K 2
+default K ""  # responses a prompt: the sampler's own, mostly 2
 default TEMPERATURE 0.7
 default MAX_NEW_TOKENS 128
 default BACKEND vllm
@@ -26,7 +26,7 @@ default JUDGE_TEMPLATE "$REWARD_TEMPLATE"
 
 # Training.
 default LOSS_TYPE rev_kl
-default CHOOSE_TYPE max_min
+default CHOOSE_TYPE sampler  # the rule of the sampler's row, mostly max_min
 default BETA 0.1
 default LEARNING_RATE 5e-7
 default LR_SCHEDULER cosine

@@ -19,20 +19,23 @@ engine_flags() {
     if [[ -n $GENERATION_DTYPE ]]; then ENGINE_FLAGS+=(--dtype "$GENERATION_DTYPE"); fi
 }
 
-# A sampler is a row of generation/samplers.py, unless the recipe or the caller gives it pairs of its own.
+# A sampler is a row of bandit/mixtures.py, unless the recipe or the caller gives it pairs of its own.
 sampler_flags() {
     local pairs=PAIRS_${1//[^A-Za-z0-9_]/_}
     if [[ -n ${!pairs:-} ]]; then SAMPLER_FLAGS=(--pairs "${!pairs}"); else SAMPLER_FLAGS=(--sampler "$1"); fi
+    if [[ -n $K ]]; then SAMPLER_FLAGS+=(--K "$K"); fi
 }
 
 # Responses for iteration $1 with sampler $2, from the model of the iteration before.
 generate() {
     local n=$1 sampler=$2
+    local before=$((n > 1 ? n - 2 : 0))
     prompt_flags; engine_flags; sampler_flags "$sampler"
     run "generate iter$n $sampler" "$(python_of vllm)" "$ALIGNMENT/generation/generate.py" \
         --model_name_or_path "$(model_of $((n - 1)) "$sampler")" --ref_model_name_or_path "$BASE_MODEL" \
+        --previous_model_name_or_path "$(model_of "$before" "$sampler")" \
         "${PROMPT_FLAGS[@]}" --start "$TRAIN_START" --end "$TRAIN_END" "${SAMPLER_FLAGS[@]}" --beta "$BETA" \
-        --K "$K" --temperature "$TEMPERATURE" "${ENGINE_FLAGS[@]}" --seed $((SEED * 1000 + n)) \
+        --temperature "$TEMPERATURE" "${ENGINE_FLAGS[@]}" --seed $((SEED * 1000 + n)) \
         --output_file "$(gen_data "$n" "$sampler")"
 }
 

@@ -1,0 +1,129 @@
+"""The table of samplers that work for language models: one row serves the bandit and the pipeline.
+
+A response is drawn, token by token, from softmax((w_policy * logits_policy + w_second * logits_second) / T); in the
+bandit an arm from pi^w_policy * pi_second^w_second, normalised. A pair is two such weight vectors; a sampler is a
+small probability table over pairs, and, where it draws more than two candidates, the rule that makes a pair of them.
+A new sampler is a new row of `MIXTURES`. Standard library only: generation imports this file.
+
+Sources: Shi, Zhou, Du, "The Crucial Role of Samplers in Online Direct Preference Optimization", ICLR 2025, section 5,
+unless a row names another.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+POLICY = (1.0, 0.0)
+SECOND = (0.0, 1.0)
+
+
+class Pair(NamedTuple):
+    """With `probability`, a pair's responses come from `first` and from `second`: each (w_policy, w_second)."""
+
+    probability: float
+    first: tuple[float, float]
+    second: tuple[float, float]
+
+
+Pairs = tuple[Pair, ...]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """One row.
+
+    Attributes:
+        pairs: the pairs, as a function of beta, the KL coefficient of the DPO loss (only `pilaf` uses it).
+        about: what a pair is, in a few words, and its source.
+        second_model: what the second weight belongs to: `reference`, or `previous`, the policy of the iteration
+            before the current one.
+        candidates: responses a prompt, K.
+        choose: how two of the candidates become a pair, a rule of alignment/dpo_iteration/pairs.py: `max_min` the
+            best and the worst by reward, `implicit_max_min` by implicit reward, `random` any two.
+    """
+
+    pairs: Callable[[float], Pairs]
+    about: str
+    second_model: str = "reference"
+    candidates: int = 2
+    choose: str = "max_min"
+
+
+def family(a: float, b: float, p: float = 1.0) -> Pairs:
+    """The paper's mixtures: with probability p, y1 from (1 + a, -a) and y2 from (1 - b, b); else both on-policy.
+
+    a moves the first side away from the second model, b the second side towards it.
+    """
+    mixed = Pair(p, (1 + a, -a), (1 - b, b))
+    on_policy = Pair(1 - p, POLICY, POLICY)
+    return tuple(row for row in (on_policy, mixed) if row.probability > 0)
+
+
+def always(first: tuple[float, float], second: tuple[float, float]) -> Callable[[float], Pairs]:
+    """One pair, at any beta."""
+    return lambda beta: (Pair(1.0, first, second),)
+
+
+MIXTURES = {
+    "offline": Mixture(always(SECOND, SECOND), "both from the reference: vanilla DPO"),
+    "online": Mixture(always(POLICY, POLICY), "both from the policy: on-policy DPO"),
+    "gshf": Mixture(always(SECOND, POLICY), "reference x policy: hybrid, Xiong et al., arXiv 2312.11456"),
+    "mixp": Mixture(lambda beta: family(0.5, 0.5), "1.5/-0.5 x 0.5/0.5: the paper's, Safe-RLHF"),
+    "mixp-iterative": Mixture(
+        lambda beta: family(0.5, 0.5, 0.7), "0.3 online, 0.7 mixp: the paper's, Iterative-Prompt"
+    ),
+    "pilaf": Mixture(
+        lambda beta: family(beta, beta, 0.5),
+        "1/2 online, 1/2 (1+beta)/-beta x (1-beta)/beta: Feng et al., arXiv 2502.04270",
+    ),
+    "simplemix": Mixture(
+        lambda beta: (Pair(0.5, POLICY, POLICY), Pair(0.5, SECOND, SECOND)),
+        "half the pairs on-policy, half off-policy (here: from the reference): SIMPLEMIX, arXiv 2505.02363",
+    ),
+    "xpo": Mixture(
+        always(POLICY, SECOND),
+        "policy x reference, the pair of XPO (its optimism bonus is a loss, not a sampler): arXiv 2405.21046",
+    ),
+    "history": Mixture(
+        always(POLICY, SECOND), "policy x the policy of the iteration before", second_model="previous"
+    ),
+    "best-worst": Mixture(
+        always(POLICY, POLICY), "best and worst of 8 on-policy responses, by reward", candidates=8
+    ),
+    "implicit-best-worst": Mixture(
+        always(POLICY, POLICY),
+        "highest and lowest implicit reward beta log(pi/pi_ref) of 8 on-policy responses",
+        candidates=8,
+        choose="implicit_max_min",
+    ),
+    "random-pairs": Mixture(
+        always(POLICY, POLICY),
+        "two at random of 8 on-policy responses: the baseline of every choice",
+        candidates=8,
+        choose="random",
+    ),
+}
+
+# A member of the family by name: mix_A_B_P, which file names can hold; mix:A,B,P means the same.
+_FAMILY = re.compile(r"mix[:_]([^:_,]+)[_,]([^:_,]+)[_,]([^:_,]+)")
+
+
+def get_mixture(name: str) -> Mixture:
+    """A row of the table, or the family's member `mix_A_B_P`, see `family`.
+
+    Raises:
+        ValueError: the name is neither.
+    """
+    if name in MIXTURES:
+        return MIXTURES[name]
+    if not name.startswith(("mix:", "mix_")):
+        raise ValueError(f"unknown sampler {name!r}; known: {', '.join(MIXTURES)}, mix_A_B_P")
+    try:
+        a, b, p = (float(part) for part in _FAMILY.fullmatch(name).groups())
+    except (AttributeError, ValueError):
+        raise ValueError(f"sampler {name!r}: expected mix_A_B_P with three numbers") from None
+    if not (math.isfinite(a) and math.isfinite(b) and 0 <= p <= 1):
+        raise ValueError(f"sampler {name!r}: A and B must be finite and P in [0, 1]")
+    return Mixture(lambda beta: family(a, b, p), f"{p:g} of {1 + a:g}/{-a:g} x {1 - b:g}/{b:g}, else online")
