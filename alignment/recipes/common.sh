@@ -6,6 +6,7 @@ default SAMPLERS "offline online gshf mixp"
 default ITERS 3
 default ITER1_MODEL ""  # a first-iteration checkpoint to start from, instead of training one
 default SEED 42
+default SEEDS "1 2 3"  # of sample_ablation.sh
 default NEEDS_GPU 1
 
 # Generation. A prompt is left out if it has more characters (with its template) or more tokens than this.

@@ -34,6 +34,7 @@ load_recipe() {
     local sampler
     for sampler in $SAMPLERS; do check_name "$sampler" sampler; done
     [[ $ITERS =~ ^[1-9][0-9]*$ ]] || die "ITERS '$ITERS': not a whole number above 0"
+    [[ $SEEDS =~ ^([0-9]{1,9}\ *)+$ ]] || die "SEEDS '$SEEDS': not whole numbers with spaces between them"
     check_whole SEED GLOBAL_BATCH PER_DEVICE_BATCH NUM_MACHINES MACHINE_RANK TEST_START KL_PROMPTS
 }
 
