@@ -7,20 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from run_folders import write_answers, write_kl
 from scipy.stats import binom
 
 from common.cli import UserError
-from common.records import write_json, write_records
-from evaluation.run_files import (
-    BASE,
-    FIRST,
-    Model,
-    all_models,
-    answers_file,
-    kl_file,
-    read_run,
-    trajectory,
-)
+from evaluation.run_files import BASE, FIRST, Model, all_models, answers_file, kl_file, read_run, trajectory
 from evaluation.stats import Curve, Estimate, distinct, matched_kl, mean_interval, normal_interval, wins
 from evaluation.tables import (
     MISSING,
@@ -105,36 +96,6 @@ def test_uncertain_kl_widens_the_interval():
 
 def test_curves_that_do_not_overlap():
     assert matched_kl(constant_curve([1, 2], [0, 1], 0.1), constant_curve([3, 4], [0, 1], 0.1), 0) is None
-
-
-def write_answers(
-    run_dir, model, rewards, part="test", judge="reward", template="none", cut=False, prompts=None
-):
-    instances = [
-        {
-            "prompt": prompts[i] if prompts else f"prompt {i}",
-            "responses": [f"{model.title} says {i}"],
-            "rewards": [float(reward)],
-            "stop_reasons": ["length" if cut else "stop"],
-            "num_tokens": [10 + i],
-        }
-        for i, reward in enumerate(rewards)
-    ]
-    path = answers_file(run_dir, judge, part, model)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    generate = {"policy": model.title, "temperature": 0.1}
-    annotate = {"dataset_sha256": model.title, "reward_template": template, "reward_name_or_path": judge}
-    write_records(path, instances, {"generate": generate, "annotate": annotate})
-
-
-def write_kl(run_dir, model, values, temperature=0.7):
-    path = kl_file(run_dir, model)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    settings = {"kl": {"model_name_or_path": model.title, "temperature": temperature}}
-    stderr = float(np.std(values, ddof=1) / math.sqrt(len(values)))
-    write_json(
-        path, {"kl": float(np.mean(values)), "stderr": stderr, "kl_of_prompts": values, "settings": settings}
-    )
 
 
 @pytest.fixture

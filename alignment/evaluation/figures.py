@@ -44,15 +44,19 @@ def save_figures(
     }
     saved = {}
     for name, (figure, caption) in drawings.items():
-        if figure is None:
-            continue
-        for ending in ("png", "pdf"):
-            # No date in the file: the same results give the same bytes.
-            metadata = {"CreationDate": None} if ending == "pdf" else None
-            figure.savefig(folder / f"{name}.{ending}", dpi=160, bbox_inches="tight", metadata=metadata)
-        plt.close(figure)
-        saved[name] = (caption, folder / f"{name}.png")
+        if figure is not None:
+            saved |= save_figure(figure, name, caption, folder)
     return saved
+
+
+def save_figure(figure, name: str, caption: str, folder: Path) -> dict:
+    """Writes one figure as PNG and PDF and closes it; returns {name: (caption, PNG path)}."""
+    for ending in ("png", "pdf"):
+        # No date in the file: the same results give the same bytes.
+        metadata = {"CreationDate": None} if ending == "pdf" else None
+        figure.savefig(folder / f"{name}.{ending}", dpi=160, bbox_inches="tight", metadata=metadata)
+    plt.close(figure)
+    return {name: (caption, folder / f"{name}.png")}
 
 
 def _bars(estimates: list[Estimate]) -> np.ndarray:
@@ -131,6 +135,25 @@ def reward_vs_kl(rows: dict[Model, Row], samplers: list[str], iterations: int):
             ax.annotate(text, **at, fontsize=9, color=_color(model))
     ax.set(xlabel="KL from the base model (nats a response)", ylabel="mean reward, test prompts")
     ax.legend(frameon=False)
+    return figure
+
+
+def band_panels(panels: dict[str, dict[str, tuple]]):
+    """Reward against KL over seeds, one panel a judge.
+
+    Args:
+        panels: title → sampler → (`seeds.Band`, KL [S] and reward [S] of each seed's last model).
+    """
+    figure, axes = _axes(len(panels), 5.2, 4.2)
+    for ax, (title, lines) in zip(axes, panels.items(), strict=True):
+        for sampler, (band, kl, rewards) in lines.items():
+            color = color_of(sampler)
+            ax.fill_between(band.kl, band.low, band.high, color=color, alpha=0.12, linewidth=0)
+            ax.plot(band.kl, band.mean, color=color, linewidth=1.4, label=sampler)
+            ax.plot(kl, rewards, "o", color=color, markersize=4)
+        ax.set(title=title, xlabel="KL from the base model (nats a response)")
+    axes[0].set_ylabel("mean reward, test prompts")
+    axes[0].legend(frameon=False)
     return figure
 
 

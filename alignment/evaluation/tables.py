@@ -211,7 +211,7 @@ def summary_csv(rows: dict[Model, Row]) -> str:
     for model, row in rows.items():
         values = [value for column in COLUMNS for value in (row[column] or (None, None, None))]
         lines.append([model.label, model.iteration, *values])
-    return _csv(lines)
+    return csv_text(lines)
 
 
 def win_csv(rows: dict[tuple[str, Model, Model], Estimate]) -> str:
@@ -220,10 +220,11 @@ def win_csv(rows: dict[tuple[str, Model, Model], Estimate]) -> str:
         ["judge", "sampler", "iteration", "against_sampler", "against_iteration", "win_rate", "low", "high"]
     ]
     lines += [[judge, *ours, *theirs, *estimate] for (judge, ours, theirs), estimate in rows.items()]
-    return _csv(lines)
+    return csv_text(lines)
 
 
-def _csv(lines: list[list]) -> str:
+def csv_text(lines: list[list]) -> str:
+    """Rows as CSV."""
     file = io.StringIO()
     csv.writer(file, lineterminator="\n").writerows(lines)
     return file.getvalue()
