@@ -43,11 +43,11 @@ def main() -> None:
         raise UserError("--iterations: samplers differ from iteration 2 on")
     from evaluation.figures import save_figure
     from evaluation.report import page
-    from evaluation.run_files import all_models, read_run
+    from evaluation.run_files import all_models, checked_samplers, read_run
     from evaluation.seeds import table, verdict
     from evaluation.tables import csv_text, markdown
 
-    run_dir, samplers = Path(args.run_dir), list(dict.fromkeys(args.samplers))
+    run_dir, samplers = Path(args.run_dir), checked_samplers(args.samplers)
     models = all_models(samplers, args.iterations)
     runs = [read_run(run_dir / f"seed_{seed}", models) for seed in dict.fromkeys(args.seeds)]
     rows = table(runs, samplers, args.iterations, args.seed)

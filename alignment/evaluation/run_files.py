@@ -55,6 +55,14 @@ def all_models(samplers: list[str], iterations: int) -> list[Model]:
     return list(dict.fromkeys(m for sampler in samplers for m in trajectory(sampler, iterations)))
 
 
+def checked_samplers(names: list[str]) -> list[str]:
+    """The names, each once. Raises `UserError` for one that could lead out of the run folder."""
+    for name in names:
+        if "/" in name:
+            raise UserError(f"--samplers {name}: a name becomes part of file names and cannot hold '/'")
+    return list(dict.fromkeys(names))
+
+
 class Answers(NamedTuple):
     """A model's responses to the prompts of a part, as one judge scored them; all lists have one entry a prompt."""
 

@@ -30,7 +30,7 @@ def parser() -> Parser:
 
 def main() -> None:
     args = parser().parse_args()
-    from evaluation.run_files import all_models, read_run
+    from evaluation.run_files import all_models, checked_samplers, read_run
     from evaluation.tables import (
         markdown,
         pair_table,
@@ -45,10 +45,7 @@ def main() -> None:
     run_dir = Path(args.run_dir)
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: no such folder")
-    samplers = list(dict.fromkeys(args.samplers))
-    for name in samplers:
-        if "/" in name:
-            raise UserError(f"--samplers {name}: a name becomes part of file names and cannot hold '/'")
+    samplers = checked_samplers(args.samplers)
     models = all_models(samplers, args.iterations)
     data = read_run(run_dir, models)
     rows = summary_rows(data, models, args.seed)
