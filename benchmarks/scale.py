@@ -165,7 +165,7 @@ def stages(shape: Shape, gpus: int, work: Workload, hardware: Hardware) -> list[
         sampling(f"generation, {name}", models, work, hardware, gpus, responses, engines=None)
         for name, models in (("one model", [shape]), ("mixture", [shape, shape]))
     ]
-    scored = [annotation(REWARD_MODEL, work, hardware, workers) for workers in (1, gpus)]
+    scored = [annotation(REWARD_MODEL, work, hardware, workers) for workers in dict.fromkeys((1, gpus))]
     references = [reference_pass(shape, work, hardware, gpus, sharded) for sharded in (False, True)]
     trained = [training(shape, work, hardware, gpus, lora) for lora in (False, True)]
     return [*generation, *scored, *references, *trained, *kl(shape, work, hardware, gpus)]
