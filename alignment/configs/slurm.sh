@@ -33,12 +33,20 @@ RAY_PORT=${RAY_PORT:-$((30000 + SLURM_JOB_ID % 10000))}
 export NUM_ENGINES=${NUM_ENGINES:-$((NUM_MACHINES * GPUS / ${TENSOR_PARALLEL_SIZE:-1}))}
 ON_ONE=(srun --overlap --nodes=1 --ntasks=1 --gpus-per-node="$GPUS")
 
-# Ray's processes end with the job steps that hold them.
+# Ray reports nothing home, and takes commands only from those who know this job's token.
+export RAY_USAGE_STATS_ENABLED=0 RAY_AUTH_MODE=token
+export RAY_AUTH_TOKEN=${RAY_AUTH_TOKEN:-$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')}
+
+# Ends the job steps that hold Ray's processes. What is left after a minute, Slurm ends with the job.
 STEPS=()
 stop_ray() {
-    trap - EXIT
-    ((${#STEPS[@]} == 0)) || kill "${STEPS[@]}" 2>/dev/null || true
-    wait
+    ((${#STEPS[@]} > 0)) || return 0
+    kill "${STEPS[@]}" 2>/dev/null || true
+    local second
+    for ((second = 0; second < 60; second++)); do
+        kill -0 "${STEPS[@]}" 2>/dev/null || return 0
+        sleep 1
+    done
 }
 
 in_background() {
@@ -73,7 +81,8 @@ start_ray() {
     address=$(getent ahostsv4 "$MASTER_ADDR" | awk 'NR == 1 {print $1}') || true
     [[ -n $address ]] || die "node $MASTER_ADDR: no IPv4 address"
     in_background "${ON_ONE[@]}" --nodelist="$MASTER_ADDR" \
-        "$PYTHON" -m ray.scripts.scripts start --head --node-ip-address="$address" --port="$RAY_PORT" --block
+        "$PYTHON" -m ray.scripts.scripts start --head --node-ip-address="$address" --port="$RAY_PORT" \
+        --include-dashboard=false --block
     wait_for_ray "$address:$RAY_PORT" 1
     for node in "${NODES[@]:1}"; do
         in_background "${ON_ONE[@]}" --nodelist="$node" \
