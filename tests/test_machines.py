@@ -4,6 +4,7 @@ The stand-in's `srun` runs each task of a job step on this computer, with the va
 """
 
 import ast
+import math
 import os
 import re
 import shlex
@@ -206,7 +207,9 @@ def test_slurm_job_trains_over_two_nodes_and_ends_ray(job, tmp_path):
     assert ray_processes(job) == []
     run = tmp_path / "run"
     rows, _ = read_records(run / "data/data_with_rewards_iter1_online.json", ("responses", "rewards"))
-    assert len(rows) == 8 and len(losses(run / "models/rlhflow_iter1")) == 2
+    trained = losses(run / "models/rlhflow_iter1")
+    assert len(rows) == 8 and len(trained) == 4  # two epochs of 8 pairs, 4 a step
+    assert trained[0] == pytest.approx(math.log(2), abs=1e-4)  # the policy is the reference still
     assert log.count("[generate iter1 online]") == 1 and log.count("[train iter1 online]") == 2
     settings = (run / "models/rlhflow_iter1/settings.json").read_text()
     assert '"num_processes": 2' in settings
