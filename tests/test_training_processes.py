@@ -2,14 +2,20 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from test_training import flags, losses, make_instances, models, train, weights, write_data
+from tiny import save_tiny_policy
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from generation.interface import Request, Sampling
 
 ALIGNMENT = Path(__file__).resolve().parents[1] / "alignment"
 SCRIPT = ALIGNMENT / "dpo_iteration" / "run_dpo.py"
@@ -142,33 +148,108 @@ def test_two_processes_equal_one(models, tmp_path):
         assert torch.allclose(tensor, after[name], atol=2e-5), name
 
 
-def test_zero3_equals_one_process(models, tmp_path):
-    """DeepSpeed ZeRO-3 on two processes with every weight sharded (no tiny ones kept whole)."""
-    pytest.importorskip("deepspeed")
-    data = write_data(tmp_path / "d.json", make_instances(rows=8))
-    order = {"train_sampling_strategy": "sequential", "num_train_epochs": 2}
-    one = train(models, data, tmp_path / "one", **order)
+@pytest.fixture(scope="module")
+def zero_data(tmp_path_factory):
+    """A policy and a reference that vLLM can run too, 8 prompts, and the losses and weights of one plain process."""
+    folder = tmp_path_factory.mktemp("zero")
+    models = tuple(save_tiny_policy(folder / name, seed, hidden=64) for seed, name in enumerate("pr"))
+    data = write_data(folder / "d.json", make_instances(rows=8))
+    one = train(models, data, folder / "one", **ORDER)
     data.with_name("d.json.reference_logps.json").unlink()
+    return folder, models, data, one
+
+
+ORDER = {"train_sampling_strategy": "sequential", "num_train_epochs": 2}
+
+
+def cpu_config(stage: int, folder: Path, **deepspeed_config) -> Path:
+    """configs/zero{stage}.yaml with nothing changed but the device, and DeepSpeed's settings where they are given."""
+    config = yaml.safe_load((ALIGNMENT / "configs" / f"zero{stage}.yaml").read_text())
+    config["use_cpu"] = True
+    if deepspeed_config:
+        config["deepspeed_config"] = deepspeed_config
+        del config["mixed_precision"]
+    (folder / f"zero{stage}.yaml").write_text(yaml.safe_dump(config))
+    return folder / f"zero{stage}.yaml"
+
+
+@pytest.fixture(scope="module")
+def zero3(zero_data):
+    """What was printed by ZeRO-3 on two processes with every weight sharded (no tiny ones kept whole)."""
+    folder, models, data, _ = zero_data
     zero = {
         "stage": 3,
         "stage3_param_persistence_threshold": 0,
         "stage3_gather_16bit_weights_on_model_save": True,
     }
     batch = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
-    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": zero, **batch}))
-    config = yaml.safe_load((ALIGNMENT / "configs" / "zero3.yaml").read_text())
-    config["use_cpu"] = True
-    config["deepspeed_config"] = {"deepspeed_config_file": str(tmp_path / "ds.json"), "zero3_init_flag": True}
-    del config["mixed_precision"]
-    (tmp_path / "zero3.yaml").write_text(yaml.safe_dump(config))
+    (folder / "ds.json").write_text(json.dumps({"zero_optimization": zero, **batch}))
+    config = cpu_config(3, folder, deepspeed_config_file=str(folder / "ds.json"), zero3_init_flag=True)
     script = wrapper(
-        tmp_path, "os.write(1, b'whole weights: %d\\n' % sum(p.numel() for p in self.model.parameters()))"
+        folder, "os.write(1, b'whole weights: %d\\n' % sum(p.numel() for p in self.model.parameters()))"
     )
-    words = flags(models, data, tmp_path / "two", per_device_train_batch_size=2, **order)
+    words = flags(models, data, folder / "zero3", per_device_train_batch_size=2, **ORDER)
     # (os.write: one call a line, so that the lines of two processes do not run into each other)
-    printed = launch(tmp_path / "zero3.yaml", [script, *words], DS_ACCELERATOR="cpu")
-    assert printed.count("whole weights: 0\n") == 8  # two processes, four steps: all weights are in shards
-    assert losses(tmp_path / "two") == pytest.approx(one, abs=1e-5)
-    after = weights(tmp_path / "one")
-    for name, tensor in weights(tmp_path / "two").items():
-        assert torch.allclose(tensor, after[name], atol=2e-5), name
+    return launch(config, [script, *words], DS_ACCELERATOR="cpu")
+
+
+def check_equal_training(folder: Path, name: str, one: list[float]) -> None:
+    assert losses(folder / name) == pytest.approx(one, abs=1e-5)
+    after = weights(folder / "one")
+    for key, tensor in weights(folder / name).items():
+        assert torch.allclose(tensor, after[key], atol=2e-5), key
+
+
+def test_zero3_equals_one_process(zero_data, zero3):
+    assert zero3.count("whole weights: 0\n") == 8  # two processes, four steps: all weights are in shards
+    check_equal_training(zero_data[0], "zero3", zero_data[3])
+
+
+def test_zero3_checkpoint_loads_in_vllm(zero_data, zero3):
+    """The next iteration's generation reads what ZeRO-3 wrote: vLLM's greedy tokens are transformers' own."""
+    from generation.backend_vllm import VLLMGenerator
+
+    folder, models = zero_data[:2]
+    trained = str(folder / "zero3")
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    prompts = [tokenizer(text)["input_ids"] for text in ("a bad cab.", "feed", "he had a bag")]
+    engine = VLLMGenerator(trained, None, dtype="float32", max_length=64, max_num_seqs=4)
+    asked = [Request(str(i), ids, (1.0, 0.0), 0) for i, ids in enumerate(prompts)]
+    got = {r.key: r.token_ids for r in engine.generate(asked, Sampling(0.0, 16, [2]))}
+    expected = {r.key: greedy(trained, r.prompt_ids, 16) for r in asked}
+    assert got == expected
+    assert any(greedy(models[0], r.prompt_ids, 16) != expected[r.key] for r in asked)  # it was trained
+
+
+@torch.no_grad()
+def greedy(folder: Path | str, ids: list[int], length: int) -> list[int]:
+    """Greedy tokens, one uncached forward pass each; EOS (2) ends them."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    found: list[int] = []
+    while len(found) < length:
+        token = int(model(torch.tensor([ids + found])).logits[0, -1].argmax())
+        if token == 2:
+            break
+        found.append(token)
+    return found
+
+
+def test_two_machines_with_zero2_equal_one_process(zero_data):
+    """configs/zero2.yaml, started once a machine (here twice on this one), as drivers with NUM_MACHINES=2 do."""
+    folder, models, data, one = zero_data
+    config = cpu_config(2, folder)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = flags(models, data, folder / "zero2", per_device_train_batch_size=2, **ORDER)
+    machines = ["--num_machines", 2, "--main_process_ip", "127.0.0.1", "--main_process_port", port]
+    with ThreadPoolExecutor() as pool:
+        ranks = [
+            pool.submit(
+                launch, config, [*machines, "--machine_rank", rank, SCRIPT, *words], DS_ACCELERATOR="cpu"
+            )
+            for rank in (0, 1)
+        ]
+    printed = [rank.result() for rank in ranks]
+    assert [text.count("zero2: done") for text in printed] == [1, 0]
+    check_equal_training(folder, "zero2", one)

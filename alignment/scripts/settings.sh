@@ -36,6 +36,7 @@ load_recipe() {
     [[ $ITERS =~ ^[1-9][0-9]*$ ]] || die "ITERS '$ITERS': not a whole number above 0"
     [[ $SEEDS =~ ^([0-9]{1,9}\ *)+$ ]] || die "SEEDS '$SEEDS': not whole numbers with spaces between them"
     check_whole SEED GLOBAL_BATCH PER_DEVICE_BATCH NUM_MACHINES MACHINE_RANK TEST_START KL_PROMPTS
+    ((MACHINE_RANK < NUM_MACHINES)) || die "MACHINE_RANK $MACHINE_RANK: with NUM_MACHINES $NUM_MACHINES it is below that"
 }
 
 # A run on the wrong machine ends here, with what to do instead.
@@ -76,7 +77,7 @@ run() {
         echo "$(basename "$0"): stage '$stage' failed (exit code $status); the same command continues from here" >&2
         exit "$status"
     fi
-    printf '%s\t%s\n' "$stage" $((SECONDS - began)) >>"$RUN_DIR/stage_seconds.tsv"
+    ((MACHINE_RANK > 0)) || printf '%s\t%s\n' "$stage" $((SECONDS - began)) >>"$RUN_DIR/stage_seconds.tsv"
 }
 
 # One driver a run folder (and machine): the lock goes with this process, however it ends. Stages do not inherit it.

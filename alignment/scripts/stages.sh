@@ -45,6 +45,13 @@ annotate() {
         --reward_template "$REWARD_TEMPLATE" --output_file "$(rewarded_data "$1" "$2")"
 }
 
+# Ends when the file $1, which another machine writes, is there: files get their names when they are complete.
+wait_for() {
+    printf '\n[wait] %s\n' "$1"
+    [[ -z ${DRY_RUN:-} ]] || return 0
+    until [[ -f $1 ]]; do sleep 5; done
+}
+
 # One process on a machine without a GPU; `accelerate launch` over all of them otherwise.
 launcher() {
     LAUNCHER=("$(python_of rlhflow)")

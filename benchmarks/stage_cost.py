@@ -1,0 +1,186 @@
+"""Memory and time of each stage of the pipeline on GPUs, by arithmetic.
+
+What memory bandwidth, arithmetic and links alone would take are a stage's terms; the largest one is its bound.
+Loading a model, starting an engine and Python's own time are left out, and every response has its full length.
+"""
+
+import math
+
+from benchmarks.cost import (
+    BF16,
+    FP32,
+    GRADIENT,
+    LIVE_PARAMETERS,
+    OPTIMIZER,
+    REDUCE_BUCKET,
+    SUB_GROUP,
+    WEIGHT,
+    Hardware,
+    Shape,
+    Stage,
+    Workload,
+    activation_bytes,
+    add,
+    in_turn,
+    kv_bytes,
+    kv_share,
+    model_file_bytes,
+    overlapped,
+    pass_terms,
+    scale,
+)
+
+# --- Generation ---------------------------------------------------------------------------------------------------
+
+
+def batch_that_fits(models: list[Shape], work: Workload, hardware: Hardware, parallel: int) -> int:
+    """Responses of full length whose KV caches fit beside the weights of all `models` (may be 0 or less)."""
+    room = hardware.usable - sum(model_file_bytes(m) for m in models) / parallel
+    return math.floor(room / sum(kv_bytes(m, work.length) / kv_share(m, parallel) for m in models))
+
+
+def parallel_needed(models: list[Shape], work: Workload, hardware: Hardware, gpus: int) -> int | None:
+    """The smallest tensor parallel size (a power of two) with room for a full batch; None: not within `gpus`."""
+    for parallel in (2**i for i in range(gpus.bit_length())):
+        splits = all(model.heads % parallel == 0 for model in models)
+        if (
+            parallel <= gpus
+            and splits
+            and batch_that_fits(models, work, hardware, parallel) >= work.max_num_seqs
+        ):
+            return parallel
+    return None
+
+
+def decode_step(
+    models: list[Shape], work: Workload, hardware: Hardware, parallel: int, batch: int
+) -> dict[str, float]:
+    """One token for each of `batch` responses that are half finished, from all `models`."""
+    context = work.prompt_tokens + work.new_tokens / 2
+    return add(*(pass_terms(m, hardware, parallel, batch, context, batch * context) for m in models))
+
+
+def sampling(
+    name: str,
+    models: list[Shape],
+    work: Workload,
+    hardware: Hardware,
+    gpus: int,
+    responses: int,
+    engines: int | None,
+) -> Stage:
+    """`responses` responses of full length. `engines` None: as many as there is room for on `gpus`.
+
+    Where no engine fits, what it would need on all GPUs of the cluster.
+    """
+    parallel = parallel_needed(models, work, hardware, gpus) or gpus
+    engines = engines or gpus // parallel
+    batch = max(1, min(work.max_num_seqs, math.ceil(responses / engines)))
+    steps = responses * work.new_tokens / (batch * engines)
+    prefill = add(
+        *(pass_terms(m, hardware, parallel, work.token_budget, work.prompt_tokens / 2) for m in models)
+    )
+    prefills = responses * work.prompt_tokens / work.token_budget / engines
+    parts = scale(decode_step(models, work, hardware, parallel, batch), steps), scale(prefill, prefills)
+    caches = sum(kv_bytes(m, batch * work.length) / kv_share(m, parallel) for m in models)
+    memory = sum(model_file_bytes(m) for m in models) / parallel + caches + hardware.overhead
+    layout = f"{engines} x TP {parallel}, {batch} at a time"
+    return Stage(name, layout, memory, hardware.holds(memory), sum(map(in_turn, parts)), add(*parts))
+
+
+# --- Scoring ------------------------------------------------------------------------------------------------------
+
+
+def annotation(shape: Shape, work: Workload, hardware: Hardware, workers: int) -> Stage:
+    """Rewards of all responses, by `workers` processes that hold one reward model each."""
+    passes = work.prompts * work.responses * work.length / work.token_budget / workers
+    terms = scale(pass_terms(shape, hardware, 1, work.token_budget, work.length / 2), passes)
+    memory = model_file_bytes(shape) + activation_bytes(shape, work.token_budget) + hardware.overhead
+    layout = f"{workers} reward model(s), one a GPU"
+    return Stage("annotation", layout, memory, hardware.holds(memory), in_turn(terms), terms)
+
+
+def reference_pass(shape: Shape, work: Workload, hardware: Hardware, gpus: int, sharded: bool) -> Stage:
+    """Log-probabilities of all pairs under the reference, which each GPU holds whole or (`sharded`) by ZeRO-3."""
+    per_pass = work.eval_pairs * 2 * work.length
+    passes = math.ceil(work.prompts / work.eval_pairs / gpus)
+    one = pass_terms(shape, hardware, 1, per_pass, work.length / 2)
+    memory = hardware.overhead + activation_bytes(shape, per_pass)
+    if sharded:
+        one["interconnect"] = hardware.collective(model_file_bytes(shape), gpus, shape.layers)
+        memory += model_file_bytes(shape) / gpus + live_bytes(shape, gpus)
+    else:
+        memory += model_file_bytes(shape)
+    name, layout = ("reference, sharded", "ZeRO-3") if sharded else ("reference", "whole on each GPU")
+    return Stage(name, layout, memory, hardware.holds(memory), passes * overlapped(one), scale(one, passes))
+
+
+def kl(shape: Shape, work: Workload, hardware: Hardware, gpus: int) -> list[Stage]:
+    """Sampling with one engine of the policy; then policy and reference, whole on one GPU, score the responses."""
+    sampled = sampling("KL: sampling", [shape], work, hardware, gpus, work.kl_prompts, engines=1)
+    per_pass = 8 * work.length  # get_kl.py --batch_size
+    passes = 2 * math.ceil(work.kl_prompts * work.length / per_pass)
+    terms = scale(pass_terms(shape, hardware, 1, per_pass, work.length / 2), passes)
+    memory = 2 * (model_file_bytes(shape) + activation_bytes(shape, per_pass)) + hardware.overhead
+    layout = "both models on 1 GPU"
+    return [sampled, Stage("KL: scoring", layout, memory, hardware.holds(memory), in_turn(terms), terms)]
+
+
+# --- Training -----------------------------------------------------------------------------------------------------
+
+
+def training_bytes(parameters: int, gpus: int) -> float:
+    """Bytes a GPU of weights, gradients and optimizer states under ZeRO-3, at the peak of the optimizer's step."""
+    shard = parameters / gpus
+    return shard * (WEIGHT + GRADIENT + OPTIMIZER) + FP32 * min(shard, SUB_GROUP)
+
+
+def live_bytes(shape: Shape, gpus: int) -> float:
+    """Bytes of parameters that ZeRO-3 has gathered at a time, on more than one GPU."""
+    return 0 if gpus == 1 else BF16 * min(LIVE_PARAMETERS, shape.parameters)
+
+
+def global_batch(work: Workload, gpus: int) -> int:
+    """Pairs an optimizer step: at least `work.batch`, and a whole number of passes of all GPUs."""
+    together = work.pairs_per_gpu * gpus
+    return together * math.ceil(work.batch / together)
+
+
+def micro_step(
+    shape: Shape, work: Workload, hardware: Hardware, gpus: int, lora: bool = False
+) -> dict[str, float]:
+    """Forward, recomputation and backward of `pairs_per_gpu` pairs on each GPU, under ZeRO-3.
+
+    The backward pass costs two forward passes, one of them for the gradients of the weights. The weights are gathered
+    for the forward and for the backward pass (with its recomputation), and gradients are reduced.
+    """
+    tokens = work.pairs_per_gpu * 2 * work.length
+    passes, transfers = (3, 2) if lora else (4, 3)
+    one = pass_terms(shape, hardware, 1, tokens, work.length / 2)
+    moved = transfers * model_file_bytes(shape)
+    return scale(one, passes) | {"interconnect": hardware.collective(moved, gpus, transfers * shape.layers)}
+
+
+def training(shape: Shape, work: Workload, hardware: Hardware, gpus: int, lora: bool = False) -> Stage:
+    """All epochs of training with ZeRO-3 and gradient checkpointing; with `lora` only small adapters are trained."""
+    batch = global_batch(work, gpus)
+    accumulation = batch // (work.pairs_per_gpu * gpus)
+    steps = work.epochs * math.ceil(work.prompts / batch)
+    micro = micro_step(shape, work, hardware, gpus, lora)
+    # The optimizer reads weights, moments and gradient and writes all but the gradient.
+    updated = 0 if lora else shape.parameters / gpus * (2 * OPTIMIZER + GRADIENT + WEIGHT)
+    update = updated / (hardware.bandwidth * hardware.bandwidth_share)
+    seconds = steps * (accumulation * overlapped(micro) + update)
+    states = WEIGHT * shape.parameters / gpus if lora else training_bytes(shape.parameters, gpus)
+    tokens = work.pairs_per_gpu * 2 * work.length
+    buffers = live_bytes(shape, gpus) + (0 if lora else GRADIENT * min(REDUCE_BUCKET, shape.parameters))
+    memory = states + buffers + activation_bytes(shape, tokens, shape.layers) + hardware.overhead
+    name, layout = "training, LoRA" if lora else "training", f"ZeRO-3, batch {batch}, {steps} steps"
+    terms = scale(micro, steps * accumulation)
+    return Stage(name, layout, memory, hardware.holds(memory), seconds, terms)
+
+
+def gpus_to_train(shape: Shape, work: Workload, hardware: Hardware, most: int = 1024) -> int | None:
+    """The smallest number of whole nodes, in GPUs, on which training fits; None: more than `most`."""
+    choices = range(hardware.node, most + 1, hardware.node)
+    return next((gpus for gpus in choices if training(shape, work, hardware, gpus).fits), None)
