@@ -11,7 +11,7 @@ import numpy as np
 from numpy.polynomial import chebyshev
 
 from bandit.problem import Bandit, gaps
-from bandit.samplers import Factors, Sampler
+from bandit.samplers import Dense, Factors, Sampler
 from bandit.steps import gain
 
 Increment = Callable[[np.ndarray, np.ndarray], None]
@@ -23,9 +23,11 @@ EDGES_TO = 32
 INTERPOLATE_FROM = 256
 
 
-def dense(u: np.ndarray, bandit: Bandit, sampler: Sampler, lr: float | str) -> np.ndarray:
-    """Increment [envs, |Y|] at u for any sampler, with the whole |Y| x |Y| matrix of weights."""
-    weights, log_scale = sampler.weights(u, bandit)
+def dense(
+    u: np.ndarray, bandit: Bandit, sampler: Sampler, lr: float | str, law: Dense | None = None
+) -> np.ndarray:
+    """Increment [envs, |Y|] at u for any sampler, with the whole |Y| x |Y| matrix of weights (None: those at u)."""
+    weights, log_scale = law or sampler.weights(u, bandit)
     step = gain(lr, sampler, bandit, weights.sum(axis=(1, 2))[:, None], log_scale)
     return step / 2 * np.vecdot(weights, bandit.half_tanh_rewards - np.tanh(gaps(u) / 2))
 
@@ -138,7 +140,7 @@ def logistic_sums(u: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 def fixed_interpolated(bandit: Bandit, sampler: Sampler, lr: float | str) -> Increment:
     """Fixed weights of many arms: their few factors turn the |Y|^2 sum into a few logistic sums."""
-    factors: Factors = sampler.factors(bandit.rewards, bandit)
+    factors: Factors = sampler.law(bandit.rewards, bandit)
     step = gain(lr, sampler, bandit, factors.total(), factors.log_scale)
     left = step[..., None] * factors.left
     right = factors.right
@@ -176,7 +178,9 @@ def make_increment(bandit: Bandit, sampler: Sampler, lr: float | str) -> Increme
     if sampler.alpha is not None:
         return mix_policy(bandit, sampler, lr)
 
+    weights = sampler.successive(bandit)
+
     def increment(u: np.ndarray, out: np.ndarray) -> None:
-        out[...] = dense(u, bandit, sampler, lr)
+        out[...] = dense(u, bandit, sampler, lr, weights(u))
 
     return increment

@@ -29,6 +29,12 @@ COLORS = {
     "mixp": _GREEN,
     "mixp-iterative": _TEAL,
     "pilaf": _PURPLE,
+    "simplemix": _SKY,
+    "xpo": _BROWN,
+    "history": _OLIVE,
+    "best-worst": _BLACK,
+    "implicit-best-worst": _GREY,
+    "random-pairs": _INDIGO,
 }
 
 

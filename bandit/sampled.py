@@ -75,9 +75,10 @@ def make_increment(
     With C the counts: gain Z sum_y' (C(y, y') sigma(-d) - C(y', y) sigma(d)) / (2 N), the exact increment on average.
     """
     streams = [sampling_stream(seed, name, env) for env in range(len(bandit.rewards))]
+    weights_at = sampler.successive(bandit)
 
     def weights_and_step(u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        weights, log_scale = sampler.weights(u, bandit)
+        weights, log_scale = weights_at(u)
         total = weights.sum(axis=(1, 2))[:, None]
         return weights, gain(lr, sampler, bandit, total, log_scale) * total / (4 * num_samples)
 

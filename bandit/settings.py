@@ -37,11 +37,11 @@ def _lr(text: str) -> float | str:
 
 def make_parser(description: str) -> OneLineParser:
     """All flags; None means: as the preset has it."""
-    table = "\n".join(f"  {name:18} {row.about}" for name, row in SAMPLERS.items())
+    table = "\n".join(f"  {name:19} {row.about}" for name, row in SAMPLERS.items())
     parser = OneLineParser(
         prog="tabular.py",
         description=description,
-        epilog=f"samplers:\n{table}\n  {'mix_A_B_P':18} with probability P one arm from pi^(1+A) pi_ref^-A, "
+        epilog=f"samplers:\n{table}\n  {'mix_A_B_P':19} with probability P one arm from pi^(1+A) pi_ref^-A, "
         "the other from pi^(1-B) pi_ref^B, else online\n\n"
         "numpy on the CPU; there is no --device: the updates are too short for a GPU.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
