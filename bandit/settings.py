@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import math
 import sys
+from collections.abc import Callable
 
 import numpy as np
 
@@ -24,6 +25,28 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         print(f"{self.prog}: error: {message}", file=sys.stderr)
         sys.exit(2)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """An argparse type: a whole number from `least` on."""
+
+    def convert(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number, at least {least}, got {text!r}")
+        return int(text)
+
+    return convert
+
+
+def positive(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a finite number > 0, got {text!r}")
+    return value
 
 
 def _lr(text: str) -> float | str:
