@@ -1,7 +1,7 @@
 """Exact gradients in closed form: increments of u for one update, no autograd.
 
-All forms compute gain * sum_y' w (sigma(Dr) - sigma(d)); they differ only in cost. sigma(x) = (1 + tanh(x / 2)) / 2
-never overflows and leaves w/2 * (tanh(Dr / 2) - tanh(d / 2)).
+All forms compute gain * sum_y' w (P* - sigma(d)), P* = sigma(Dr) where no label is flipped; they differ only in cost.
+sigma(x) = (1 + tanh(x / 2)) / 2 never overflows and leaves w/2 * (2 P* - 1 - tanh(d / 2)).
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.polynomial import chebyshev
 
 from bandit.problem import Bandit, gaps
-from bandit.samplers import Factors, Sampler
+from bandit.samplers import Dense, Factors, Sampler
 from bandit.steps import gain
 
 Increment = Callable[[np.ndarray, np.ndarray], None]
@@ -23,11 +23,13 @@ EDGES_TO = 32
 INTERPOLATE_FROM = 256
 
 
-def dense(u: np.ndarray, bandit: Bandit, sampler: Sampler, lr: float | str) -> np.ndarray:
-    """Increment [envs, |Y|] at u for any sampler, with the whole |Y| x |Y| matrix of weights."""
-    weights, log_scale = sampler.weights(u, bandit)
+def dense(
+    u: np.ndarray, bandit: Bandit, sampler: Sampler, lr: float | str, law: Dense | None = None
+) -> np.ndarray:
+    """Increment [envs, |Y|] at u for any sampler, with the whole |Y| x |Y| matrix of weights (None: those at u)."""
+    weights, log_scale = law or sampler.weights(u, bandit)
     step = gain(lr, sampler, bandit, weights.sum(axis=(1, 2))[:, None], log_scale)
-    return step / 2 * np.vecdot(weights, bandit.half_tanh_rewards - np.tanh(gaps(u) / 2))
+    return step / 2 * np.vecdot(weights, bandit.win_margins - np.tanh(gaps(u) / 2))
 
 
 def fixed_weights(bandit: Bandit, sampler: Sampler, lr: float | str) -> Increment:
@@ -35,7 +37,7 @@ def fixed_weights(bandit: Bandit, sampler: Sampler, lr: float | str) -> Incremen
     weights, log_scale = sampler.weights(bandit.rewards, bandit)
     step = gain(lr, sampler, bandit, weights.sum(axis=(1, 2))[:, None], log_scale)
     weights = np.ascontiguousarray(step[..., None] / 2 * weights)
-    constant = np.vecdot(weights, bandit.half_tanh_rewards)
+    constant = np.vecdot(weights, bandit.win_margins)
     if bandit.num_actions <= EDGES_TO:
         return _edge_sums(weights, constant)
     half, matrix = np.empty_like(bandit.rewards), np.empty_like(weights)
@@ -74,13 +76,13 @@ def _edge_sums(weights: np.ndarray, constant: np.ndarray) -> Increment:
 def mix_policy(bandit: Bandit, sampler: Sampler, lr: float | str) -> Increment:
     """DPO-Mix-P: w sigma(d) = 1 + e^d leaves two products of a constant matrix with a vector, and |Y| exponentials.
 
-    With a = e^u, b = e^-u and P* = sigma(Dr), w = 2 + a b' + b a' and
+    With a = e^u and b = e^-u, w = 2 + a b' + b a' and
     sum_y' w (P* - sigma(d)) = sum_y' (2 P* - 1) + a (P* - 1) b + b P* a.
     The dense form takes over where e^|d| nears overflow, and for DPO-Mix-P* where some |d| exceeds the reward range.
     """
-    wins = (1 + bandit.half_tanh_rewards) / 2
+    wins = (1 + bandit.win_margins) / 2
     matrices = np.stack([wins - 1, wins])
-    constant = bandit.half_tanh_rewards.sum(axis=2)
+    constant = bandit.win_margins.sum(axis=2)
     pairs = bandit.num_actions**2
     both = np.empty((2, *bandit.rewards.shape), bandit.rewards.dtype)
     (a, b), swapped, force = both, both[::-1], np.empty_like(both)
@@ -138,7 +140,7 @@ def logistic_sums(u: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 def fixed_interpolated(bandit: Bandit, sampler: Sampler, lr: float | str) -> Increment:
     """Fixed weights of many arms: their few factors turn the |Y|^2 sum into a few logistic sums."""
-    factors: Factors = sampler.factors(bandit.rewards, bandit)
+    factors: Factors = sampler.law(bandit.rewards, bandit)
     step = gain(lr, sampler, bandit, factors.total(), factors.log_scale)
     left = step[..., None] * factors.left
     right = factors.right
@@ -148,7 +150,9 @@ def fixed_interpolated(bandit: Bandit, sampler: Sampler, lr: float | str) -> Inc
             [(a * logistic_sums(x, b)).sum(axis=1) for x, a, b in zip(u, left, right, strict=True)]
         )
 
-    constant = forces(bandit.rewards)
+    # P* = (1 - 2 eps) sigma(Dr) + 2 eps sigma(0), eps the share of flipped labels.
+    flipped = 2 * bandit.label_noise
+    constant = (1 - flipped) * forces(bandit.rewards) + flipped * forces(np.zeros_like(bandit.rewards))
     direct = None
 
     def increment(u: np.ndarray, out: np.ndarray) -> None:
@@ -176,7 +180,9 @@ def make_increment(bandit: Bandit, sampler: Sampler, lr: float | str) -> Increme
     if sampler.alpha is not None:
         return mix_policy(bandit, sampler, lr)
 
+    weights = sampler.successive(bandit)
+
     def increment(u: np.ndarray, out: np.ndarray) -> None:
-        out[...] = dense(u, bandit, sampler, lr)
+        out[...] = dense(u, bandit, sampler, lr, weights(u))
 
     return increment

@@ -29,7 +29,16 @@ COLORS = {
     "mixp": _GREEN,
     "mixp-iterative": _TEAL,
     "pilaf": _PURPLE,
+    "simplemix": _SKY,
+    "xpo": _BROWN,
+    "history": _OLIVE,
+    "best-worst": _BLACK,
+    "implicit-best-worst": _GREY,
+    "random-pairs": _INDIGO,
 }
+
+# A second sign beside the colour, for figures of many samplers.
+_MARKERS = "osD^vPX<>p*hd"
 
 
 def color_of(name: str) -> str:
@@ -39,3 +48,9 @@ def color_of(name: str) -> str:
     hue = zlib.crc32(name.encode()) / 2**32
     red, green, blue = colorsys.hls_to_rgb(hue, 0.4, 0.6)
     return f"#{round(255 * red):02X}{round(255 * green):02X}{round(255 * blue):02X}"
+
+
+def marker_of(name: str) -> str:
+    """Matplotlib marker of a sampler; rows of COLORS that follow each other have different ones."""
+    place = list(COLORS).index(name) if name in COLORS else zlib.crc32(name.encode())
+    return _MARKERS[place % len(_MARKERS)]

@@ -123,12 +123,14 @@ def save_figures(
     with plt.rc_context(STYLE):
         for figure in FIGURES:
             canvas = draw_figure(results, figure, settings, with_theory)
-            for suffix, metadata in (("pdf", {"CreationDate": None}), ("png", None)):
-                path = folder / f"tabular_DPO_{figure}.{suffix}"
-                save(
-                    path,
-                    lambda target, canvas=canvas, metadata=metadata: canvas.savefig(
-                        target, metadata=metadata
-                    ),
-                )
-            plt.close(canvas)
+            save_both(canvas, folder / f"tabular_DPO_{figure}", save)
+
+
+def save_both(canvas: plt.Figure, path: Path, save: Callable[[Path, Callable], None]) -> None:
+    """Writes a figure to path.pdf and path.png through save(path, write to a path), the same bytes each time."""
+    for suffix, metadata in (("pdf", {"CreationDate": None}), ("png", None)):
+        save(
+            path.with_name(f"{path.name}.{suffix}"),
+            lambda target, metadata=metadata: canvas.savefig(target, metadata=metadata),
+        )
+    plt.close(canvas)

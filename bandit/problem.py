@@ -25,11 +25,15 @@ def gaps(x: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Bandit:
-    """rewards and log_ref: [envs, |Y|] of one float type; beta > 0."""
+    """rewards and log_ref: [envs, |Y|] of one float type; beta > 0; label_noise: share of labels that are flipped.
+
+    With flipped labels no policy fits all pairs: the optimum stays that of the rewards, which DPO then misses.
+    """
 
     rewards: np.ndarray
     log_ref: np.ndarray
     beta: float
+    label_noise: float = 0.0
 
     @property
     def num_actions(self) -> int:
@@ -41,9 +45,9 @@ class Bandit:
         return np.ptp(self.rewards, axis=-1, keepdims=True)
 
     @cached_property
-    def half_tanh_rewards(self) -> np.ndarray:
-        """tanh((r_y - r_y') / 2) = 2 P*(y beats y') - 1, [envs, |Y|, |Y|]."""
-        return np.tanh(gaps(self.rewards) / 2)
+    def win_margins(self) -> np.ndarray:
+        """2 P*(y beats y') - 1 = (1 - 2 label_noise) tanh((r_y - r_y') / 2), [envs, |Y|, |Y|]."""
+        return (1 - 2 * self.label_noise) * np.tanh(gaps(self.rewards) / 2)
 
     @cached_property
     def log_optimum(self) -> np.ndarray:
@@ -57,14 +61,18 @@ class Bandit:
 
 
 def make_bandit(
-    rewards: np.ndarray, beta: float, log_ref: np.ndarray | None = None, dtype=np.float64
+    rewards: np.ndarray,
+    beta: float,
+    log_ref: np.ndarray | None = None,
+    dtype=np.float64,
+    label_noise: float = 0.0,
 ) -> Bandit:
     """Bandit of rewards [|Y|] or [envs, |Y|]; log_ref of either shape, uniform if None."""
     rewards = np.atleast_2d(np.asarray(rewards, dtype))
     if log_ref is None:
         log_ref = np.full(rewards.shape[1], -np.log(rewards.shape[1]))
     log_ref = np.broadcast_to(np.asarray(log_ref, dtype), rewards.shape)
-    return Bandit(rewards, log_ref, float(beta))
+    return Bandit(rewards, log_ref, float(beta), label_noise)
 
 
 def reward_stream(seed: int) -> np.random.Generator:

@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import math
 import sys
+from collections.abc import Callable
 
 import numpy as np
 
@@ -26,6 +27,28 @@ class OneLineParser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """An argparse type: a whole number from `least` on."""
+
+    def convert(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number, at least {least}, got {text!r}")
+        return int(text)
+
+    return convert
+
+
+def positive(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a finite number > 0, got {text!r}")
+    return value
+
+
 def _lr(text: str) -> float | str:
     if text in RULES:
         return text
@@ -37,11 +60,11 @@ def _lr(text: str) -> float | str:
 
 def make_parser(description: str) -> OneLineParser:
     """All flags; None means: as the preset has it."""
-    table = "\n".join(f"  {name:18} {row.about}" for name, row in SAMPLERS.items())
+    table = "\n".join(f"  {name:19} {row.about}" for name, row in SAMPLERS.items())
     parser = OneLineParser(
         prog="tabular.py",
         description=description,
-        epilog=f"samplers:\n{table}\n  {'mix_A_B_P':18} with probability P one arm from pi^(1+A) pi_ref^-A, "
+        epilog=f"samplers:\n{table}\n  {'mix_A_B_P':19} with probability P one arm from pi^(1+A) pi_ref^-A, "
         "the other from pi^(1-B) pi_ref^B, else online\n\n"
         "numpy on the CPU; there is no --device: the updates are too short for a GPU.",
         formatter_class=argparse.RawDescriptionHelpFormatter,

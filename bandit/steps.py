@@ -13,9 +13,9 @@ RULES = ("matched", "theory")
 
 
 def gain(
-    lr: float | str, sampler: Sampler, bandit: Bandit, total: np.ndarray, log_scale: np.ndarray
+    lr: float | str | np.ndarray, sampler: Sampler, bandit: Bandit, total: np.ndarray, log_scale: np.ndarray
 ) -> np.ndarray:
-    """Gain [envs, 1] of a number, of `matched` or of `theory`.
+    """Gain [envs, 1] of a number (or one an environment, [envs, 1]), of `matched` or of `theory`.
 
     matched: lr* = Z / (2 beta^2 |Y|) with Z at the current policy; Z cancels and the gain is exp(log_scale) / |Y|.
     theory: eta = 1 / (beta^2 |Y|) on a loss whose weights sum to alpha, i.e. lr = eta * alpha. alpha is that of the
@@ -37,15 +37,20 @@ def matched_lr(sampler: Sampler, bandit: Bandit, u: np.ndarray) -> np.ndarray:
     return total / (2 * bandit.beta**2 * bandit.num_actions)
 
 
-def largest_stable_lr(sampler: Sampler, bandit: Bandit) -> np.ndarray:
-    """Above this constant lr the optimum repels the exact iteration, [envs].
+def largest_stable_lr(sampler: Sampler, bandit: Bandit, u: np.ndarray | None = None) -> np.ndarray:
+    """Above this constant lr the optimum repels the exact iteration, [envs]; with u: 2 / the loss's curvature there.
 
     Near u = r the error r - u is multiplied by I - lr (2 beta^2 / Z) L, L the graph Laplacian with edge weights
     w sigma'(Dr). It is 2 lr* for DPO-Mix-R and DPO-Mix-P, where all edges weigh 1 and L's largest eigenvalue is |Y|.
     """
-    weights, _ = sampler.weights(bandit.rewards, bandit)
-    tail = np.exp(-np.abs(gaps(bandit.rewards)))
-    edges = weights * tail / (1 + tail) ** 2
-    laplacian = edges.sum(axis=2)[..., None] * np.eye(bandit.num_actions) - edges
-    largest = np.linalg.eigvalsh(laplacian)[:, -1]
+    u = bandit.rewards if u is None else u
+    weights, _ = sampler.weights(u, bandit)
+    largest = np.linalg.eigvalsh(laplacian(weights, u))[:, -1]
     return weights.sum(axis=(1, 2)) / (bandit.beta**2 * largest)
+
+
+def laplacian(weights: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """Graph Laplacian [envs, |Y|, |Y|] with edge weights w sigma'(d): u's Hessian of sum w log-loss / 2."""
+    tail = np.exp(-np.abs(gaps(u)))
+    edges = weights * tail / (1 + tail) ** 2
+    return edges.sum(axis=2)[..., None] * np.eye(u.shape[-1]) - edges

@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from bandit import exact, metrics, sampled, theory
+from bandit.mixtures import MIXTURES, POLICY, SECOND, Mixture, always
 from bandit.palette import COLORS, color_of
 from bandit.problem import draw_rewards, logsumexp, make_bandit
-from bandit.samplers import SAMPLERS, get_sampler
+from bandit.samplers import SAMPLERS, Dense, extremes, from_mixture, get_sampler
 from bandit.simulate import simulate
 from bandit.steps import largest_stable_lr, matched_lr
 from bandit.summary import order_and_rate
@@ -55,6 +57,9 @@ def pair_distribution(name, rewards, log_ref, theta):
             alpha1 + alpha2
         )
 
+    def best_worst(scores, draws=8):
+        return torch.tensor(best_and_worst_by_enumeration(pi.exp().numpy(), scores.numpy(), draws))
+
     def clipped():
         d, spread = ratio[:, None] - ratio[None, :], r.max() - r.min()
         w = torch.minimum(2 + d.exp() + (-d).exp(), 2 + spread.exp() + (-spread).exp())
@@ -79,8 +84,31 @@ def pair_distribution(name, rewards, log_ref, theta):
         "mixp": lambda: lm((1.5, -0.5), (0.5, 0.5)),
         "mixp-iterative": lambda: 0.3 * lm(on, on) + 0.7 * lm((1.5, -0.5), (0.5, 0.5)),
         "pilaf": lambda: (lm(on, on) + lm((1 + BETA, -BETA), (1 - BETA, BETA))) / 2,
+        "simplemix": lambda: (lm(on, on) + lm(off, off)) / 2,
+        "xpo": lambda: lm(on, off),
+        "history": lambda: lm(on, off),  # in the first update: before it the policy is the reference
+        "best-worst": lambda: best_worst(r),
+        "implicit-best-worst": lambda: best_worst(ratio),
+        "random-pairs": lambda: lm(on, on),
         "mix_0.3_0.2_0.6": lambda: 0.4 * lm(on, on) + 0.6 * lm((1.3, -0.3), (0.8, 0.2)),
     }[name]()
+
+
+def best_and_worst_by_enumeration(pi, scores, draws):
+    """P(best = y, worst = y') over all counts of the arms in `draws` draws; equal scores are ordered at random."""
+    joint = np.zeros((len(pi), len(pi)))
+    for seen in itertools.combinations_with_replacement(range(len(pi)), draws):
+        counts = np.bincount(seen, minlength=len(pi))
+        probability = stats.multinomial.pmf(counts, draws, pi)
+        top = [y for y in seen if scores[y] == max(scores[list(seen)])]
+        bottom = [y for y in seen if scores[y] == min(scores[list(seen)])]
+        # All draws of one score: best and worst are two of them, in random order.
+        pairs = (
+            list(itertools.permutations(seen, 2)) if top == bottom else list(itertools.product(top, bottom))
+        )
+        for best, worst in pairs:
+            joint[best, worst] += probability / len(pairs)
+    return joint
 
 
 def autograd(name, rewards, log_ref, theta):
@@ -108,6 +136,87 @@ def test_increment_is_minus_beta_lr_times_the_autograd_gradient(name):
 def test_every_sampler_of_the_table_is_checked_and_has_a_colour():
     assert set(COLORS) == set(SAMPLERS)
     assert color_of("new") == color_of("new") != color_of("newer")
+    assert len({color_of(name) for name in MIXTURES}) == len(MIXTURES)
+
+
+def best_and_worst_of_tuples(pi, scores, draws):
+    """The same, draw by draw: over all tuples of arms and all orders that break ties."""
+    joint = np.zeros((len(pi), len(pi)))
+    orders = list(itertools.permutations(range(draws)))
+    for arms in itertools.product(range(len(pi)), repeat=draws):
+        for order in orders:
+            ranked = sorted(range(draws), key=lambda i: (scores[arms[i]], order[i]))  # noqa: B023
+            joint[arms[ranked[-1]], arms[ranked[0]]] += np.prod(pi[list(arms)]) / len(orders)
+    return joint
+
+
+SCORES = {"distinct": [0.3, -1.0, 2.0, 0.1], "tied": [0.5, 1.0, 0.5, 1.0], "all equal": [0.0, 0.0, 0.0, 0.0]}
+
+
+@pytest.mark.parametrize("scores", SCORES.values(), ids=SCORES)
+@pytest.mark.parametrize("draws", [2, 3, 4])
+def test_best_and_worst_of_draws_equal_enumeration_of_all_tuples(scores, draws):
+    pi, scores = np.array([0.5, 0.2, 0.25, 0.05]), np.array(scores)
+    expected = best_and_worst_of_tuples(pi, scores, draws)
+    np.testing.assert_allclose(extremes(pi[None], scores[None], draws)[0], expected, atol=1e-15)
+    np.testing.assert_allclose(best_and_worst_by_enumeration(pi, scores, draws), expected, atol=1e-15)
+
+
+def test_best_and_worst_of_two_draws_are_the_two_draws():
+    rewards, log_ref, theta = random_case()
+    bandit, u = make_bandit(rewards, BETA, log_ref), BETA * (theta - log_ref)
+    outer = np.exp(bandit.log_policy(u))
+    outer = outer[:, :, None] * outer[:, None, :]
+    both = extremes(np.exp(bandit.log_policy(u)), rewards, 2)
+    np.testing.assert_allclose((both + both.swapaxes(1, 2)) / 2, outer, atol=1e-15)
+
+
+def test_candidates_from_two_policies_are_refused():
+    sampler = from_mixture(Mixture(always(POLICY, SECOND), "", candidates=4))
+    with pytest.raises(NotImplementedError, match="two policies"):
+        sampler.weights(np.zeros((1, 3)), make_bandit([0.0, 1.0, 2.0], BETA))
+
+
+@pytest.mark.parametrize("mode", ["exact", "empirical"])
+def test_history_pairs_the_policy_with_the_one_before_the_last_update(mode):
+    """Against increments whose weights are given: pi_t x pi_(t-1), pi_(-1) the reference."""
+    rewards, log_ref, _ = random_case(num_envs=1, num_actions=4)
+    bandit, lr, states = make_bandit(rewards, BETA, log_ref), 0.4, [np.zeros_like(rewards)] * 2
+
+    class Told:
+        fixed, alpha = False, None
+
+        @staticmethod
+        def successive(bandit):
+            def weights(u):
+                np.testing.assert_array_equal(u, states[-1])
+                first, second = (np.exp(bandit.log_policy(state))[0] for state in states[-1:-3:-1])
+                outer = np.outer(first, second)
+                return Dense((outer + outer.T)[None], np.zeros((1, 1)))
+
+            return weights
+
+    def make(sampler):
+        if mode == "exact":
+            return exact.make_increment(bandit, sampler, lr)
+        return sampled.make_increment(bandit, sampler, "history", lr, 50, 0)
+
+    ours, told = make(SAMPLERS["history"]), make(Told)
+    out, expected = np.empty_like(rewards), np.empty_like(rewards)
+    reused = np.empty_like(rewards)  # the simulator hands over rows of one buffer
+    for _ in range(6):
+        reused[...] = states[-1]
+        ours(reused, out)
+        told(states[-1], expected)
+        np.testing.assert_allclose(out, expected, rtol=1e-12, atol=1e-15)
+        states.append(states[-1] + out)
+    assert np.abs(states[-1]).max() > 0.05
+
+
+def test_two_runs_of_history_do_not_share_their_memory():
+    rewards = draw_rewards("normal", 2, 5, 13)
+    first, second = (exact_run("history", rewards, 0.5, 20)["value"] for _ in range(2))
+    np.testing.assert_array_equal(first, second)
 
 
 @pytest.mark.parametrize("name", ["DPO-Unif", "DPO-Mix-R"])
@@ -135,12 +244,16 @@ def test_the_optimum_is_a_fixed_point(name):
     )
 
 
-@pytest.mark.parametrize(
-    "name", ["DPO-Unif", "DPO-Mix-R", "DPO-Mix-P", "DPO-Mix-P*", "online", "gshf", "DPO-Opt-Unif"]
-)
-def test_iteration_converges_to_the_optimum_from_any_reference(name):
+CONVERGENT = ["DPO-Unif", "DPO-Mix-R", "DPO-Mix-P", "DPO-Mix-P*", "DPO-Opt-Unif", "online", "gshf", "history"]
+# Best and worst hardly ever meet the arms between: their gaps close last.
+SLOW = ["best-worst", "implicit-best-worst"]
+
+
+@pytest.mark.parametrize("name, num_iter", [(n, 6000) for n in CONVERGENT] + [(n, 20_000) for n in SLOW])
+def test_iteration_converges_to_the_optimum_from_any_reference(name, num_iter):
     rewards, log_ref, _ = random_case(seed=3)
-    series = exact_run(name, rewards / 2, "matched", 6000, log_ref=log_ref / 2 - logsumexp(log_ref / 2))
+    log_ref = log_ref / 2 - logsumexp(log_ref / 2)
+    series = exact_run(name, rewards / 2, "matched", num_iter, log_ref=log_ref)
     assert series["param_diff"][:, 0].min() > 0.1
     assert series["max_delta"][:, -1].max() < 1e-10
 
@@ -195,7 +308,7 @@ def test_local_rate_at_a_constant_step_is_one_minus_its_ratio_to_the_matched_one
     assert errors[-1] / errors[-2] == pytest.approx(abs(1 - ratio), rel=1e-2)
 
 
-@pytest.mark.parametrize("name", ["DPO-Unif", "DPO-Mix-R", "offline", "DPO-Mix-R-2"])
+@pytest.mark.parametrize("name", ["DPO-Unif", "DPO-Mix-R", "offline", "DPO-Mix-R-2", "best-worst", "history"])
 def test_the_iteration_is_stable_just_below_the_limit_and_not_above(name):
     rewards = draw_rewards("normal", 1, 10, 7)
     limit = largest_stable_lr(get_sampler(name), make_bandit(rewards, BETA))[0]
@@ -258,7 +371,7 @@ def test_the_clip_of_mix_p_star_is_each_environments_own():
 
 
 @pytest.mark.parametrize("mode", ["exact", "empirical"])
-@pytest.mark.parametrize("name", ["DPO-Unif", "DPO-Mix-P*", "DPO-Mix-P", "mixp"])
+@pytest.mark.parametrize("name", ["DPO-Unif", "DPO-Mix-P*", "DPO-Mix-P", "mixp", "history", "best-worst"])
 def test_environments_do_not_see_each_other(name, mode):
     rewards = draw_rewards("normal", 3, 6, 10)
     run = [

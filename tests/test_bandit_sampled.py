@@ -32,10 +32,25 @@ def labelled_pairs(rng, weights, rewards, num_samples):
     return np.bincount(winner * num_actions + loser, minlength=num_actions**2)
 
 
-@pytest.mark.parametrize("name", ["DPO-Unif", "DPO-Mix-R", "DPO-Mix-P", "DPO-Mix-P*", "mixp", "gshf"])
+@pytest.mark.parametrize("name", list(SAMPLERS))
 def test_cell_probabilities_are_those_of_labelled_pairs(name):
     cells, bandit, weights, _ = cells_of(name)
     counts = labelled_pairs(np.random.default_rng(1), weights, bandit.rewards[0], 400_000)
+    assert stats.chisquare(counts, cells * counts.sum()).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("name", ["best-worst", "implicit-best-worst"])
+def test_cells_of_best_and_worst_are_those_of_drawn_candidates(name):
+    """By the definition: 8 arms from the policy, the best and the worst of them, a Bradley-Terry label."""
+    cells, bandit, _, u = cells_of(name)
+    rng, rewards = np.random.default_rng(13), bandit.rewards[0]
+    scores = rewards if name == "best-worst" else u[0]
+    arms = rng.choice(4, size=(400_000, 8), p=np.exp(bandit.log_policy(u))[0])
+    rows = np.arange(len(arms))
+    first, second = arms[rows, scores[arms].argmax(1)], arms[rows, scores[arms].argmin(1)]
+    first_wins = rng.random(len(arms)) < 1 / (1 + np.exp(rewards[second] - rewards[first]))
+    winner, loser = np.where(first_wins, first, second), np.where(first_wins, second, first)
+    counts = np.bincount(winner * 4 + loser, minlength=16)
     assert stats.chisquare(counts, cells * counts.sum()).pvalue > 1e-4
 
 
@@ -72,7 +87,7 @@ def test_the_cheaper_draw_is_chosen_by_cells_against_samples(cells, num_samples,
     np.testing.assert_array_equal(chosen, expected(np.random.default_rng(5), probabilities, num_samples, 3))
 
 
-@pytest.mark.parametrize("name", ["DPO-Unif", "DPO-Mix-R", "DPO-Mix-P", "DPO-Mix-P*", "pilaf"])
+@pytest.mark.parametrize("name", ["DPO-Unif", "DPO-Mix-R", "DPO-Mix-P", "DPO-Mix-P*", "pilaf", "best-worst"])
 @pytest.mark.parametrize("num_samples", [40, 2])
 def test_the_sampled_increment_is_the_exact_one_on_average(name, num_samples):
     _, bandit, _, u = cells_of(name, num_actions=5, seed=6)

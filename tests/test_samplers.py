@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from itertools import permutations, product
 
 import numpy as np
 import pytest
@@ -144,18 +145,34 @@ def test_odd_count_needs_a_one_sided_sampler():
         check_count(pairs_of("gshf"), 3)
 
 
+def chosen_pairs(row, sides, scores):
+    """P(y, y') of a pair whose arms are chosen from the row's candidates, half of them from each side."""
+    joint, half = np.zeros((len(scores), len(scores))), row.candidates // 2
+    for arms in product(range(len(scores)), repeat=row.candidates):
+        probability = np.prod([sides[0][y] for y in arms[:half]] + [sides[1][y] for y in arms[half:]])
+        if row.choose == "random":
+            pairs = list(permutations(arms, 2))
+        else:
+            pairs = [(max(arms, key=lambda y: scores[y]), min(arms, key=lambda y: scores[y]))]
+        for first, second in pairs:
+            joint[first, second] += probability / len(pairs)
+    return joint
+
+
 @pytest.mark.parametrize("name", MIXTURES)
 def test_the_bandit_has_the_same_sampler(name):
     """Pair probabilities in the bandit's table, against those that this table's rows give by enumeration."""
-    rng, beta = np.random.default_rng(0), 0.25
-    bandit = make_bandit(rng.standard_normal(5), beta, np.log(rng.dirichlet(np.ones(5))))
-    u = rng.standard_normal((1, 5))
-    weights, _ = get_sampler(name).weights(u, bandit)
-    log_pi, log_ref = bandit.log_policy(u)[0], bandit.log_ref[0]
-    expected = np.zeros((5, 5))
-    for probability, *sides in pairs_of(name, beta):
-        first, second = (np.exp(w * log_pi + v * log_ref) for w, v in sides)
-        expected += probability * np.outer(first / first.sum(), second / second.sum())
+    rng, beta, row = np.random.default_rng(0), 0.25, sampler_by_name(name)
+    bandit = make_bandit(rng.standard_normal(3), beta, np.log(rng.dirichlet(np.ones(3))))
+    u, before = rng.standard_normal((2, 1, 3))
+    weights, _ = get_sampler(name).weights(u, bandit, before)
+    log_pi = bandit.log_policy(u)[0]
+    log_second = {"reference": bandit.log_ref, "previous": bandit.log_policy(before)}[row.second_model][0]
+    scores = u[0] if row.choose == "implicit_max_min" else bandit.rewards[0]
+    expected = np.zeros((3, 3))
+    for probability, *arms in row.pairs(beta):
+        sides = [np.exp(w * log_pi + v * log_second) for w, v in arms]
+        expected += probability * chosen_pairs(row, [side / side.sum() for side in sides], scores)
     np.testing.assert_allclose(weights[0] / weights[0].sum(), (expected + expected.T) / 2, atol=1e-12)
 
 
