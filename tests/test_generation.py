@@ -45,11 +45,19 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(models):
-    """One vLLM mixture engine for all tests of this file, with fewer slots than requests."""
+    """One vLLM mixture engine for all tests of this file, with fewer slots than requests.
+
+    The prompts of four requests have more tokens than it takes in one step.
+    """
     from generation.backend_vllm import VLLMGenerator
 
     return VLLMGenerator(
-        *models, dtype="float32", max_length=96, max_num_seqs=4, logprobs_mode="processed_logprobs"
+        *models,
+        dtype="float32",
+        max_length=96,
+        max_num_seqs=4,
+        max_num_batched_tokens=96,
+        logprobs_mode="processed_logprobs",
     )
 
 

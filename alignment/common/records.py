@@ -13,10 +13,11 @@ line), from which a second run of the same command continues.
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from common.cli import UserError, first_line
@@ -128,19 +129,24 @@ def writing(path: str | Path) -> Iterator[None]:
         raise UserError(f"{path}: cannot write ({error.strerror})") from None
 
 
-def write_atomic(path: str | Path, text: str) -> None:
-    """Writes `text` beside `path`, flushes it to disk, renames it: readers see the old file or the whole new one."""
+def write_atomic(path: str | Path, text: str | Iterable[str]) -> None:
+    """Writes beside `path`, flushes to disk, renames: readers see the old file or the whole new one.
+
+    Args:
+        path: the file.
+        text: all of it, or its parts one after the other, of which only one is in memory at a time.
+    """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     with writing(path):
         try:
             # A path that is not UTF-8 has surrogates in Python; in JSON the backslash form means the same.
             with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(text)
+                file.writelines([text] if isinstance(text, str) else text)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        except OSError:
+        except BaseException:
             temporary.unlink(missing_ok=True)
             raise
 
@@ -151,20 +157,26 @@ def write_json(path: str | Path, value: object) -> None:
 
 
 def write_records(
-    path: str | Path, instances: list[dict], settings: dict, provenance: dict | None = None
+    path: str | Path, instances: Iterable[dict], settings: dict, provenance: dict | None = None
 ) -> None:
     """Writes a data file atomically: one instance a line, so that `diff` and `head` are of use.
 
     Args:
         path: the file.
-        instances: its rows.
+        instances: its rows; each is written before the next one is asked for.
         settings: stage → what is compared when the stage is started again.
         provenance: stage → what it was made from, see provenance.py.
     """
     head = {"type": "text_only", "settings": settings, "provenance": provenance or {}}
     lines = [f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items()]
-    rows = ",\n".join(json.dumps(instance, ensure_ascii=False, allow_nan=False) for instance in instances)
-    write_atomic(path, "{" + ",\n".join(lines) + ',\n"instances": [\n' + rows + "\n]}\n")
+
+    def parts() -> Iterator[str]:
+        yield "{" + ",\n".join(lines) + ',\n"instances": [\n'
+        for number, instance in enumerate(instances):
+            yield ",\n" * (number > 0) + json.dumps(instance, ensure_ascii=False, allow_nan=False)
+        yield "\n]}\n"
+
+    write_atomic(path, parts())
 
 
 def sha256(path: str | Path) -> str:
@@ -212,6 +224,31 @@ def journal_path(path: str | Path) -> Path:
     return Path(str(path) + ".journal")
 
 
+class Rows(Mapping):
+    """key → finished row. Memory holds where each row stands in the journal, and the row is read when asked for."""
+
+    def __init__(self, file: int) -> None:
+        self._file = file
+        self._places: dict[str, tuple[int, int]] = {}
+
+    def place(self, key: str, start: int, length: int) -> None:
+        """Says where the line of `key` is, in bytes."""
+        self._places[key] = start, length
+
+    def __getitem__(self, key: str) -> dict:
+        start, length = self._places[key]
+        return json.loads(os.pread(self._file, length, start))["row"]
+
+    def __contains__(self, key: object) -> bool:  # without a look at the file, unlike Mapping's own
+        return key in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
 class Journal:
     """Finished rows of an unfinished stage, one JSON object a line beside the final file.
 
@@ -223,7 +260,7 @@ class Journal:
         settings: must equal those of an earlier, unfinished run.
 
     Attributes:
-        rows: key → row, what earlier runs had finished.
+        rows: key → row, of earlier runs and of this one.
 
     Raises:
         UserError: another process holds the journal, its settings differ, or the folder cannot be written.
@@ -231,7 +268,6 @@ class Journal:
 
     def __init__(self, path: str | Path, settings: dict) -> None:
         self.path = journal_path(path)
-        self.rows: dict[str, dict] = {}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # Without a buffer there is nothing left to write when a full disk ends the stage.
@@ -245,35 +281,47 @@ class Journal:
         self._load(settings)
 
     def _load(self, settings: dict) -> None:
-        self._file.seek(0)
-        content = self._file.read()
-        good = content.rfind(b"\n") + 1
-        if good < len(content):
-            self._file.truncate(good)
+        self.rows = Rows(self._file.fileno())
+        stored, end = None, 0
         try:
-            entries = [json.loads(line) for line in content[:good].splitlines()]
-            rows = {entry["key"]: entry["row"] for entry in entries[1:]}
+            for line in self._whole_lines():
+                entry = json.loads(line)
+                if end:
+                    key, _ = entry["key"], entry["row"]
+                    self.rows.place(key, end, len(line))
+                else:
+                    stored = entry
+                end += len(line)
         except (ValueError, TypeError, KeyError):
             raise UserError(f"{self.path}: damaged; remove it to start this stage again") from None
-        if len(entries) < 2:  # no row yet: the settings may be corrected
-            self._file.truncate(0)
+        self._end = end if self.rows else 0
+        self._file.truncate(self._end)
+        if not self.rows:  # the settings may be corrected
             self._append(settings)
-            return
-        refuse_other_settings(self.path, entries[0], settings)
-        self.rows = rows
+        else:
+            refuse_other_settings(self.path, stored, settings)
 
-    def _append(self, entry: dict) -> None:
+    def _whole_lines(self) -> Iterator[bytes]:
+        with open(self._file.fileno(), "rb", closefd=False) as lines:
+            lines.seek(0)
+            yield from itertools.takewhile(lambda line: line.endswith(b"\n"), lines)
+
+    def _append(self, entry: dict) -> tuple[int, int]:
+        """Writes a line; (where it starts, its length), in bytes."""
         line = (json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n").encode(
             errors="backslashreplace"
         )
+        start = self._end
         with writing(self.path):
-            while line:
-                line = line[self._file.write(line) :]
+            written = 0
+            while written < len(line):
+                written += self._file.write(line[written:])
+        self._end += len(line)
+        return start, len(line)
 
     def add(self, key: str, row: dict) -> None:
         """Records a finished row; it survives a kill of this process from here on."""
-        self._append({"key": key, "row": row})
-        self.rows[key] = row
+        self.rows.place(key, *self._append({"key": key, "row": row}))
 
     def close(self, done: bool) -> None:
         """Ends the stage; with `done` (the final file is in place) the journal is removed."""

@@ -41,6 +41,7 @@ class VLLMGenerator:
         _set_environment(tensor_parallel_size, self.mixes)
         from vllm import LLM
 
+        on_cpu = default_device() == "cpu"
         options = {"model": policy or reference}
         if self.mixes:
             from vllm_logit_mixture import engine_options as mixture_options
@@ -59,7 +60,10 @@ class VLLMGenerator:
             use_tqdm_on_load=False,
             # The pipeline puts end tokens itself (`Sampling`), the same for both back ends.
             generation_config="vllm",
-            enforce_eager=engine_options.pop("enforce_eager", default_device() == "cpu"),
+            enforce_eager=engine_options.pop("enforce_eager", on_cpu),
+            # A prompt that is split over steps draws a token too early, and vLLM winds the request's random stream
+            # back, which torch can do for streams of GPUs only: on a CPU it would crash.
+            enable_chunked_prefill=engine_options.pop("enable_chunked_prefill", not on_cpu),
             **engine_options,
         )
         self.window = 4 * max_num_seqs

@@ -1,6 +1,6 @@
 """Which responses a data file needs, and how finished ones become its instances. Pure: no models, no files."""
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from typing import NamedTuple
 
 from bandit.mixtures import Pairs
@@ -31,7 +31,7 @@ class Plan(NamedTuple):
         return assign_rows(self.pairs, self.count, stream_seed(self.seed, index))
 
 
-def requests(plan: Plan, done: dict[str, dict]) -> Iterator[Request]:
+def requests(plan: Plan, done: Container[str]) -> Iterator[Request]:
     """The requests whose responses are not in `done`, in the prompts' order."""
     for index, prompt in enumerate(plan.prompts, plan.start):
         for j, (_, weights) in enumerate(plan.assignments(index)):
@@ -39,16 +39,15 @@ def requests(plan: Plan, done: dict[str, dict]) -> Iterator[Request]:
                 yield Request(key, prompt.token_ids, weights, stream_seed(plan.seed, index, j))
 
 
-def instances(plan: Plan, rows: dict[str, dict]) -> list[dict]:
-    """The data file's instances, in the prompts' order.
+def instances(plan: Plan, rows: Mapping[str, dict]) -> Iterator[dict]:
+    """The data file's instances, in the prompts' order, one at a time.
 
     Args:
         rows: request key → {"text", "stop_reason", "num_tokens"}.
     """
-    return [
-        _instance(prompt, plan.assignments(index), [rows[f"{index}.{j}"] for j in range(plan.count)])
-        for index, prompt in enumerate(plan.prompts, plan.start)
-    ]
+    for index, prompt in enumerate(plan.prompts, plan.start):
+        responses = [rows[f"{index}.{j}"] for j in range(plan.count)]
+        yield _instance(prompt, plan.assignments(index), responses)
 
 
 def _instance(prompt: Prompt, assignments: list[Assignment], responses: list[dict]) -> dict:
