@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from dpo_iteration import dpo
-from dpo_iteration.dpo import LOSSES, preference_loss, token_logps
+from dpo_iteration import response_logps
+from dpo_iteration.dpo import LOSSES, preference_loss
+from dpo_iteration.response_logps import token_logps
 
 BETA = 0.1
 MODERATE = [-30.0, -3.0, -0.5, 0.0, 0.2, 4.0, 25.0]  # of h; margins are a third of it
@@ -130,7 +131,7 @@ def test_token_logps_in_chunks(monkeypatch, dtype):
     whole = torch.log_softmax(logits.float(), -1)[torch.arange(23), labels]
     (whole * weights).sum().backward()
     wanted, logits.grad = logits.grad, None
-    monkeypatch.setattr(dpo, "CHUNK_BYTES", 4 * 11 * 5)  # five rows at a time
+    monkeypatch.setattr(response_logps, "CHUNK_BYTES", 4 * 11 * 5)  # five rows at a time
     chunked = token_logps(logits, labels)
     (chunked * weights).sum().backward()
     assert chunked.dtype == torch.float32

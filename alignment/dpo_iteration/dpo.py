@@ -1,4 +1,4 @@
-"""The losses, the log-probabilities they are made of, and the trainer.
+"""The losses and the trainer; the log-probabilities they are made of come from response_logps.py.
 
 Notation: pi is the policy, pi_ref the reference, x a prompt, y+ / y- the chosen / rejected response,
 
@@ -9,17 +9,15 @@ Notation: pi is the policy, pi_ref the reference, x a prompt, y+ / y- the chosen
 A new loss is a new function in `LOSSES`.
 """
 
-import inspect
 import math
 from collections.abc import Callable
-from types import MethodType
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers import Trainer
 
 from common.cli import UserError
+from dpo_iteration.response_logps import SEQUENCES, forms_agree
 
 # --- Losses: tensors of shape [pairs] in, one loss per pair out -------------------------------------------------
 
@@ -112,65 +110,6 @@ def preference_loss(chosen, rejected, ref_chosen, ref_rejected, margin, beta: fl
     return losses, {name: value.detach() for name, value in metrics.items()}
 
 
-# --- Log-probabilities of responses -----------------------------------------------------------------------------
-
-CHUNK_BYTES = 2**27  # of float32 logits alive at a time
-
-
-def token_logps(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """log softmax(logits)[labels] in float32: logits [N, V] of any float type, labels [N] -> [N].
-
-    Only `CHUNK_BYTES` of float32 logits exist at a time, in the backward pass too (each chunk is computed again).
-    """
-
-    def chunk_logps(part, label):
-        part = part.float()
-        return part.gather(-1, label[:, None]).squeeze(-1) - part.logsumexp(-1)
-
-    rows = max(1, CHUNK_BYTES // (4 * logits.shape[-1]))
-    chunks = zip(logits.split(rows), labels.split(rows), strict=True)
-    return torch.cat([checkpoint(chunk_logps, part, label, use_reentrant=False) for part, label in chunks])
-
-
-def _response_logps(self, input_ids, attention_mask, response_mask, **options) -> torch.Tensor:
-    """Stands in for a causal model's forward: [S, T] ids and masks -> [S] summed response log-probabilities.
-
-    Logits are asked for only in columns from which some row's response token is predicted.
-    """
-    columns = response_mask[:, 1:].any(dim=0).nonzero().squeeze(-1)
-    logits = self.logits_forward(
-        input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=columns, use_cache=False
-    ).logits
-    labels, mask = input_ids[:, 1:][:, columns], response_mask[:, 1:][:, columns]
-    logps = token_logps(logits.flatten(0, 1), labels.flatten()).view_as(labels)
-    return torch.where(mask, logps, 0.0).sum(-1)
-
-
-def as_scorer(model: torch.nn.Module) -> torch.nn.Module:
-    """Makes a causal model's forward return response log-probabilities (see `_response_logps`).
-
-    The work is done inside `forward` because wrappers (DDP, ZeRO, autocast) act there: autocast would turn returned
-    logits into float32, and a head that is called outside of the wrapper would find its ZeRO-3 shards not gathered.
-    """
-    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        raise UserError(
-            f"{type(model).__name__}: this architecture cannot restrict its logits (logits_to_keep)"
-        )
-    model.logits_forward = model.forward
-    model.forward = MethodType(_response_logps, model)
-    return model
-
-
-def disable_dropout(model: torch.nn.Module) -> None:
-    """Sets every dropout to 0: pi and pi_ref must be the same function of their weights."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
-
-
 # --- The trainer ------------------------------------------------------------------------------------------------
 
 
@@ -179,21 +118,26 @@ class DPOTrainer(Trainer):
 
     Args:
         beta, loss_type: see `preference_loss`.
+        share: whether prefixes are shared (prefixes.py), as far as the first two pairs bear it out.
         options: as for `Trainer`; `model` comes from `as_scorer`, batches from `rows.collate`.
     """
 
     # compute_loss returns the mean of its micro-batch, so the Trainer has to divide by the accumulation steps.
     loss_is_scaled_for_ga = False
 
-    def __init__(self, beta: float, loss_type: str, **options) -> None:
+    def __init__(self, beta: float, loss_type: str, share: bool, **options) -> None:
         super().__init__(**options)
         self.beta, self.loss_type = beta, loss_type
+        self.share = None if share else False  # None: not decided yet
         self._sums: dict[str, dict[str, torch.Tensor]] = {"": {}, "eval_": {}}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean loss of a batch; chosen and rejected responses share one forward pass."""
-        sequences = {name: inputs[name] for name in ("input_ids", "attention_mask", "response_mask")}
-        chosen, rejected = model(**sequences).chunk(2)
+        if self.share is None:
+            first = self._prepare_inputs(self.data_collator(self.train_dataset[:2]))
+            self.share = forms_agree(model, first, self.args.bf16)
+        sequences = {name: inputs[name] for name in SEQUENCES}
+        chosen, rejected = model(**sequences, share=self.share).chunk(2)
         reference = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         losses, metrics = preference_loss(
             chosen, rejected, *reference, inputs["margin"], self.beta, self.loss_type

@@ -89,6 +89,11 @@ class DPOTrainingArguments(TrainingArguments):
         1, "Checkpoints kept while training; the newest one is what a restart needs."
     )
     seed: int = option(42, "Seed of the pairs, the evaluation split, the order of the data and LoRA's start.")
+    share_prefixes: bool = option(
+        True,
+        "Compute what a batch's sequences have in common (prompts, templates) once, where the model is one of those "
+        "that allow it and attn_implementation is sdpa; equal to rounding.",
+    )
     report_to: str = option(
         "none", "Where logs go besides trainer_state.json.", choices=["none", "wandb", "tensorboard"]
     )

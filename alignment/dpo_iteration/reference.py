@@ -16,7 +16,7 @@ from common.cli import UserError
 from common.models import load_causal_lm
 from common.records import read_json, write_json
 from dpo_iteration.distributed import gather, on_main, say, share, whole_models
-from dpo_iteration.dpo import as_scorer
+from dpo_iteration.response_logps import SEQUENCES, as_scorer, forms_agree, may_share
 from dpo_iteration.rows import collate
 
 
@@ -101,11 +101,17 @@ def compute(rows: list[dict], options, training, dtype: str, autocast: bool) -> 
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["prompt_ids"]) + len(rows[i]["chosen_ids"]))
     size = training.per_device_eval_batch_size
     batches = share([order[i : i + size] for i in range(0, len(order), size)])
+    shares = training.share_prefixes and may_share(model)
+    if shares:
+        with _precision(training.device, autocast):
+            shares = forms_agree(model, _on(training.device, rows[:2]), training.bf16)
     found = []
     quiet = training.disable_tqdm or not training.should_log
     for batch in tqdm(batches, desc="reference", disable=quiet, mininterval=5):
-        chosen, rejected = _score(model, [rows[i] for i in batch], training.device, autocast)
-        found += zip(batch, chosen, rejected, strict=True)
+        sequences = _on(training.device, [rows[i] for i in batch])
+        with torch.no_grad(), _precision(training.device, autocast):
+            chosen, rejected = model(**sequences, share=shares).chunk(2)
+        found += zip(batch, chosen.tolist(), rejected.tolist(), strict=True)
     del model
     gc.collect()
     if torch.cuda.is_available():
@@ -114,10 +120,10 @@ def compute(rows: list[dict], options, training, dtype: str, autocast: bool) -> 
     return [by_row[i] for i in range(len(rows))]
 
 
-@torch.no_grad()
-def _score(model, rows: list[dict], device, autocast: bool) -> list[list[float]]:
-    batch = {name: tensor.to(device) for name, tensor in collate(rows).items()}
-    names = ("input_ids", "attention_mask", "response_mask")
-    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=autocast):
-        logps = model(**{name: batch[name] for name in names})
-    return [part.tolist() for part in logps.chunk(2)]
+def _on(device, rows: list[dict]) -> dict[str, torch.Tensor]:
+    batch = collate(rows)
+    return {name: batch[name].to(device) for name in SEQUENCES}
+
+
+def _precision(device, autocast: bool):
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=autocast)

@@ -29,10 +29,11 @@ from common.provenance import data_inputs, model_inputs, provenance
 from common.records import read_records, sha256
 from dpo_iteration import checkpoints
 from dpo_iteration.distributed import on_main, say
-from dpo_iteration.dpo import DPOTrainer, as_scorer, disable_dropout
+from dpo_iteration.dpo import DPOTrainer
 from dpo_iteration.options import parse, prepare_training, quit_with, settings_of, start_wandb
 from dpo_iteration.pairs import CHOOSE_TYPES, choose_all
 from dpo_iteration.reference import add_reference_logps
+from dpo_iteration.response_logps import as_scorer, disable_dropout, may_share
 from dpo_iteration.rows import build_rows, collate, split_by_prompt
 
 
@@ -150,6 +151,7 @@ def make_trainer(options, training, train_rows: list[dict], eval_rows: list[dict
     return DPOTrainer(
         beta=options.beta,
         loss_type=options.loss_type,
+        share=training.share_prefixes and may_share(model),
         model=with_adapter(model, options) if options.use_lora else model,
         args=training,
         train_dataset=train_rows,
