@@ -1,7 +1,7 @@
 """Log-probabilities under the reference model: computed once, before training, and kept beside the data.
 
 They never change, so while the policy trains there is no reference model in memory, in no epoch and after no restart.
-Every process loads the whole reference for this pass (7B parameters: 14 GB in bf16) and takes its share of the rows.
+Every process loads the whole model for this pass (7B parameters: 14 GB in bf16) and takes its share of the rows.
 """
 
 import gc
@@ -34,15 +34,24 @@ def add_reference_logps(rows: list[dict], options, training, dtype: str, autocas
         dtype, autocast: the precision that the policy trains in, so that equal models give equal numbers.
     """
     path = cache_path(options.train_dir)
-    key = on_main(cache_key, rows, options.ref_model, dtype, autocast)
-    pairs = on_main(read_cache, path, key)
-    if pairs is None:
-        pairs = compute(rows, options, training, dtype, autocast)
-        on_main(write_cache, path, key, pairs)
+    pairs = cached_logps(path, rows, "reference", options.ref_model, options, training, dtype, autocast)
     return [
         {**row, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
         for row, (chosen, rejected) in zip(rows, pairs, strict=True)
     ]
+
+
+def cached_logps(
+    path: Path, rows: list[dict], what: str, model: str, options, training, dtype: str, autocast: bool
+) -> list[list[float]]:
+    """[chosen, rejected] log-probabilities of each row under `model`: from the file `path`, or computed into it."""
+    key = on_main(cache_key, rows, model, dtype, autocast)
+    pairs = on_main(read_cache, path, what, key)
+    if pairs is None:
+        say(f"{what} log-probabilities: {len(rows)} pairs under {model}")
+        pairs = compute(rows, model, options, training, dtype, autocast)
+        on_main(write_cache, path, what, key, pairs)
+    return pairs
 
 
 def cache_key(rows: list[dict], model: str, dtype: str, autocast: bool) -> dict:
@@ -50,7 +59,7 @@ def cache_key(rows: list[dict], model: str, dtype: str, autocast: bool) -> dict:
     ids = [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in rows]
     files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
     return {
-        "ref_model": model,
+        "model": model,
         "weights": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
         "token_ids": hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
         "dtype": dtype,
@@ -58,7 +67,7 @@ def cache_key(rows: list[dict], model: str, dtype: str, autocast: bool) -> dict:
     }
 
 
-def read_cache(path: Path, key: dict) -> list[list[float]] | None:
+def read_cache(path: Path, what: str, key: dict) -> list[list[float]] | None:
     """The cached [chosen, rejected] values, or None (and one line that says why) where they are not for `key`."""
     if not path.exists():
         return None
@@ -67,31 +76,30 @@ def read_cache(path: Path, key: dict) -> list[list[float]] | None:
     except UserError:
         stored = None
     if not isinstance(stored, dict) or not isinstance(stored.get("settings"), dict):
-        say(f"{path}: damaged; computing the reference log-probabilities again")
+        say(f"{path}: damaged; computing the {what} log-probabilities again")
         return None
     changed = [name for name in key if stored["settings"].get(name) != key[name]]
     if changed:
-        say(f"{path}: made with other {', '.join(changed)}; computing the reference log-probabilities again")
+        say(f"{path}: made with other {', '.join(changed)}; computing the {what} log-probabilities again")
         return None
-    say(f"reference log-probabilities: read from {path}")
+    say(f"{what} log-probabilities: read from {path}")
     return stored["logps"]
 
 
-def write_cache(path: Path, key: dict, pairs: list[list[float]]) -> None:
+def write_cache(path: Path, what: str, key: dict, pairs: list[list[float]]) -> None:
     """Writes the cache; a folder that cannot be written costs a repetition, not the run."""
     try:
         write_json(path, {"settings": key, "logps": pairs})
     except UserError as error:
-        say(f"{error}; a restart computes the reference log-probabilities again")
+        say(f"{error}; a restart computes the {what} log-probabilities again")
 
 
-def compute(rows: list[dict], options, training, dtype: str, autocast: bool) -> list[list[float]]:
+def compute(rows: list[dict], name: str, options, training, dtype: str, autocast: bool) -> list[list[float]]:
     """[chosen, rejected] log-probabilities of each row; the model is gone from memory when this returns."""
-    say(f"reference log-probabilities: {len(rows)} pairs under {options.ref_model}")
     with whole_models(training):
         model = load_causal_lm(
-            options.ref_model,
-            "--ref_model",
+            name,
+            "model",
             dtype,
             trust_remote_code=options.trust_remote_code,
             attn_implementation=options.attn_implementation,
@@ -107,7 +115,7 @@ def compute(rows: list[dict], options, training, dtype: str, autocast: bool) -> 
             shares = forms_agree(model, _on(training.device, rows[:2]), training.bf16)
     found = []
     quiet = training.disable_tqdm or not training.should_log
-    for batch in tqdm(batches, desc="reference", disable=quiet, mininterval=5):
+    for batch in tqdm(batches, desc="log-probabilities", disable=quiet, mininterval=5):
         sequences = _on(training.device, [rows[i] for i in batch])
         with torch.no_grad(), _precision(training.device, autocast):
             chosen, rejected = model(**sequences, share=shares).chunk(2)

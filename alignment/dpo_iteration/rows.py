@@ -32,7 +32,7 @@ def build_rows(
         )
         room = max_length - len(prompt)
         chosen, rejected = (
-            _response(tokenizer, instance, index, room, counts) for index in (pair.chosen, pair.rejected)
+            response_ids(tokenizer, instance, index, room, counts) for index in (pair.chosen, pair.rejected)
         )
         if chosen == rejected:
             counts["pairs dropped: identical after cutting"] += 1
@@ -60,7 +60,8 @@ def trim_prompt(tokenizer, ids: list[int], limit: int, counts: Counter) -> list[
     return head + (ids[-tail:] if tail else [])
 
 
-def _response(tokenizer, instance: dict, index: int, room: int, counts: Counter) -> list[int]:
+def response_ids(tokenizer, instance: dict, index: int, room: int, counts: Counter) -> list[int]:
+    """Token ids of one response, at most `room`; what happened to it is added to `counts`."""
     reasons = instance.get("stop_reasons")
     ended = reasons is None or reasons[index] == "stop"
     ids = encode_response(tokenizer, instance["responses"][index], ended)

@@ -30,6 +30,7 @@ from common.records import read_records, sha256
 from dpo_iteration import checkpoints
 from dpo_iteration.distributed import on_main, say
 from dpo_iteration.dpo import DPOTrainer
+from dpo_iteration.implicit import add_implicit_rewards
 from dpo_iteration.options import parse, prepare_training, quit_with, settings_of, start_wandb
 from dpo_iteration.pairs import CHOOSE_TYPES, choose_all
 from dpo_iteration.reference import add_reference_logps
@@ -46,6 +47,13 @@ def main(arguments: list[str] | None = None) -> None:
     if on_main(checkpoints.is_done, output_dir, settings):
         say(f"{output_dir}: already done")
         return
+    if options.choose_type == "implicit_max_min":
+        tokenizer = load_tokenizer(
+            options.model_name_or_path, "--model_name_or_path", options.trust_remote_code
+        )
+        instances = add_implicit_rewards(
+            instances, tokenizer, options, training, *precision(options, training)
+        )
     rows = make_rows(options, instances, training.seed)
     lock = lock_work(output_dir, settings, data_settings, lambda: made_from(options, training))
     prepare_training(training, checkpoints.work_dir(output_dir), options.eval_fraction > 0)

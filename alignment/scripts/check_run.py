@@ -20,7 +20,7 @@ from common.records import read_provenance
 
 def outputs(run_dir: Path) -> list[Path]:
     """The files of a run that record what they were made from, by name. Raises `UserError` if there is none."""
-    found = [path for path in run_dir.glob("data/*.json") if not path.name.endswith(".reference_logps.json")]
+    found = [path for path in run_dir.glob("data/*.json") if not path.name.endswith("_logps.json")]
     found += [*run_dir.glob("models/*/settings.json"), *run_dir.glob("results/kl_*.json")]
     if not found:
         raise UserError(f"{run_dir}: not a run folder: no data, models or results")
