@@ -70,12 +70,15 @@ def test_a_difference_in_one_seed_only_is_not_clear(runs):
 def test_band_follows_each_seeds_own_curve(runs):
     kl, rewards = curves(runs, "reward", "mixp", 2)
     assert kl.tolist() == [[0, 1, 5], [0, 1, 6], [0, 1, 7]]
-    found = band(kl, rewards, points=6)
-    assert found.kl.tolist() == [0, 1, 2, 3, 4, 5]
+    found = band(kl, rewards, points=8)
+    assert found.kl.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
     slopes = (rewards[:, 2] - rewards[:, 1]) / (kl[:, 2] - kl[:, 1])
     by_hand = rewards[:, 1] + 2 * slopes  # at KL 3
     assert (found.low[3], found.high[3]) == pytest.approx((by_hand.min(), by_hand.max()))
     assert found.mean[3] == pytest.approx(by_hand.mean())
+    # Beyond KL 6 only the third seed's curve goes on.
+    assert found.low[7] == found.high[7] == rewards[2, 2]
+    assert np.isnan(found.mean).tolist() == [False] * 6 + [True] * 2
 
 
 def test_seeds_with_other_prompts_are_not_compared(run_dir):

@@ -21,8 +21,8 @@ NOTE = (
     "paired bootstrap over prompts, for these seeds. A difference is called clear only where both exclude 0."
 )
 CAPTION = (
-    "Mean reward on the test prompts against the KL from the base model. Line and band: mean and range of the seeds' "
-    "curves, joined from the base model through the shared iteration 1; dots: each seed's last model."
+    "Mean reward on the test prompts against the KL from the base model. Thin: the seeds' curves, from the base model "
+    "through the shared iteration 1 to the last model (dot); band: their range; thick: their mean, where all reach."
 )
 
 
@@ -75,7 +75,7 @@ def reward_vs_kl(runs: list, samplers: list[str], iterations: int):
         for judge, name in JUDGE_NAMES.items()
     }
     panels = {
-        name: {s: (band(*c), c[0][:, -1], c[1][:, -1]) for s, c in lines.items()}
+        name: {sampler: (band(*curve), *curve) for sampler, curve in lines.items()}
         for name, lines in found.items()
         if lines
     }

@@ -142,15 +142,16 @@ def band_panels(panels: dict[str, dict[str, tuple]]):
     """Reward against KL over seeds, one panel a judge.
 
     Args:
-        panels: title → sampler → (`seeds.Band`, KL [S] and reward [S] of each seed's last model).
+        panels: title → sampler → (`seeds.Band`, KL [S, M] and reward [S, M] of each seed's models in their order).
     """
     figure, axes = _axes(len(panels), 5.2, 4.2)
     for ax, (title, lines) in zip(axes, panels.items(), strict=True):
         for sampler, (band, kl, rewards) in lines.items():
             color = color_of(sampler)
-            ax.fill_between(band.kl, band.low, band.high, color=color, alpha=0.12, linewidth=0)
-            ax.plot(band.kl, band.mean, color=color, linewidth=1.4, label=sampler)
-            ax.plot(kl, rewards, "o", color=color, markersize=4)
+            ax.fill_between(band.kl, band.low, band.high, color=color, alpha=0.1, linewidth=0)
+            ax.plot(kl.T, rewards.T, color=color, linewidth=0.7, alpha=0.7)
+            ax.plot(band.kl, band.mean, color=color, linewidth=2, label=sampler)
+            ax.plot(kl[:, -1], rewards[:, -1], "o", color=color, markersize=5)
         ax.set(title=title, xlabel="KL from the base model (nats a response)")
     axes[0].set_ylabel("mean reward, test prompts")
     axes[0].legend(frameon=False)

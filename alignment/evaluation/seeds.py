@@ -129,7 +129,8 @@ def verdict(runs: list[Run], samplers: list[str], iteration: int, seed: int) -> 
 
 
 class Band(NamedTuple):
-    """Reward against KL over seeds: on `kl` [G] the lowest, mean and highest of the seeds' curves, each [G]."""
+    """Reward against KL over seeds: on `kl` [G] the lowest and highest of the seeds' curves that reach it, each [G],
+    and their mean, NaN where one of them has ended."""
 
     kl: np.ndarray
     low: np.ndarray
@@ -148,10 +149,10 @@ def curves(
     return np.stack(kl, axis=1), np.stack([r.mean(axis=1) for r in rewards], axis=1)
 
 
-def band(kl: np.ndarray, rewards: np.ndarray, points: int = 101) -> Band:
-    """The seeds' curves [S, M], each interpolated along its own points, up to the KL that all of them reach."""
-    grid = np.linspace(0, kl.max(axis=1).min(), points)
+def band(kl: np.ndarray, rewards: np.ndarray, points: int = 201) -> Band:
+    """The seeds' curves [S, M], each interpolated along its own points in the order of their KL."""
+    grid = np.linspace(0, kl.max(), points)
     order = np.argsort(kl, axis=1, kind="stable")
     kl, rewards = (np.take_along_axis(values, order, axis=1) for values in (kl, rewards))
-    lines = np.stack([np.interp(grid, x, y) for x, y in zip(kl, rewards, strict=True)])
-    return Band(grid, lines.min(axis=0), lines.mean(axis=0), lines.max(axis=0))
+    lines = np.stack([np.interp(grid, x, y, right=np.nan) for x, y in zip(kl, rewards, strict=True)])
+    return Band(grid, np.nanmin(lines, axis=0), lines.mean(axis=0), np.nanmax(lines, axis=0))
