@@ -14,7 +14,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullFormatter
 
 from bandit.ablation import Results, Sweep
-from bandit.palette import color_of, marker_of
+from bandit.palette import color_of, line_of, marker_of
 from bandit.plots import STYLE, save_both
 
 LABELS = {
@@ -138,6 +138,7 @@ def draw_lines(axes: Axes, sweep: Sweep, results: Results, outcome: str) -> None
             marker=marker_of(name),
             markersize=4,
             linewidth=1.2,
+            linestyle=line_of(name),
             label=name,
         )
     if outcome == "value_diff":

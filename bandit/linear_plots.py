@@ -1,6 +1,7 @@
 """Figure of the log-linear policies: a row for each kind of problem, a column for each number of features."""
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import matplotlib
@@ -8,7 +9,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 
+from bandit.palette import line_of
 from bandit.plots import FIGURES, STYLE, draw_curve, save_both
 
 Runs = dict[tuple[str, int], dict[str, dict[str, np.ndarray]]]
@@ -24,24 +27,37 @@ def title(d: int, num_prompts: int, num_actions: int) -> str:
     return rf"$d={d}={d / num_actions:g}\,|Y|$"
 
 
+def end_of(samplers: dict[str, dict[str, np.ndarray]], series: str) -> int:
+    """The update at which the last sampler's median is rounding, or the last one."""
+    medians = np.array([np.median(found[series], axis=0) for found in samplers.values()])
+    return int(np.max([min(np.flatnonzero(row <= LOWEST), default=len(row) - 1) for row in medians]))
+
+
+def draw_panel(axes: Axes, samplers: dict[str, dict[str, np.ndarray]], series: str) -> None:
+    """All samplers of one kind of problem, until they have arrived."""
+    axes.set_yscale("log")
+    for name, found in samplers.items():
+        values = np.maximum(found[series], LOWEST)
+        draw_curve(axes, values, name, "empirical", name, True, linestyle=line_of(name), linewidth=1.2)
+    axes.set_xlim(0, max(1, end_of(samplers, series)))
+
+
 def draw_figure(results: Runs, series: str, sizes: tuple[int, int]) -> plt.Figure:
     """One series of `FIGURES` of all samplers; results by (variant, d), sizes = prompts, |Y|."""
     variants, dims = (list(dict.fromkeys(part)) for part in zip(*results, strict=True))
     canvas, grid = plt.subplots(
-        len(variants), len(dims), figsize=(2.2 * len(dims) + 0.6, 1.9 * len(variants) + 0.8),
-        sharex=True, sharey="row", squeeze=False,
+        len(variants), len(dims), figsize=(2.2 * len(dims) + 0.6, 1.9 * len(variants) + 0.8), sharey="row",
+        squeeze=False,
     )  # fmt: skip
-    for (variant, d), samplers in results.items():
-        axes = grid[variants.index(variant), dims.index(d)]
-        axes.set_yscale("log")
-        for name, found in samplers.items():
-            draw_curve(axes, np.maximum(found[series], LOWEST), name, "empirical", name, True)
-        axes.margins(x=0)
-        if variant == variants[0]:
-            axes.set_title(title(d, *sizes), fontsize=9)
-        if d == dims[0]:
-            axes.set_ylabel(f"{variant}\n", fontsize=9)
-    canvas.supxlabel("updates", fontsize=9)
+    for (row, variant), (column, d) in product(enumerate(variants), enumerate(dims)):
+        axes = grid[row, column]
+        if (variant, d) in results:
+            draw_panel(axes, results[variant, d], series)
+        else:
+            axes.set_visible(False)
+        axes.set_title(f"{variant}, {title(d, *sizes)}", fontsize=8)
+    for axes in grid[-1]:
+        axes.set_xlabel("updates")
     canvas.supylabel(FIGURES[series][1], fontsize=9)
     handles, labels = grid[0, 0].get_legend_handles_labels()
     canvas.legend(handles, labels, loc="outside lower center", ncols=7, frameon=False, fontsize=8)
@@ -52,6 +68,6 @@ def save_figures(
     results: Runs, sizes: tuple[int, int], folder: Path, save: Callable[[Path, Callable], None]
 ) -> None:
     """Writes linear_{value_diff,param_diff}.{pdf,png} through save(path, write to a path)."""
-    with plt.rc_context({**STYLE, "savefig.dpi": 130}):
+    with plt.rc_context({**STYLE, "savefig.dpi": 110}):
         for series in ("value_diff", "param_diff"):
             save_both(draw_figure(results, series, sizes), folder / f"linear_{series}", save)

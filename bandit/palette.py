@@ -54,3 +54,8 @@ def marker_of(name: str) -> str:
     """Matplotlib marker of a sampler; rows of COLORS that follow each other have different ones."""
     place = list(COLORS).index(name) if name in COLORS else zlib.crc32(name.encode())
     return _MARKERS[place % len(_MARKERS)]
+
+
+def line_of(name: str) -> str:
+    """Line style in figures that hold both kinds: dashed for the tabular samplers, some of which share a colour."""
+    return "--" if name.startswith("DPO-") else "-"

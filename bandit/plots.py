@@ -50,8 +50,10 @@ def _positive(values: np.ndarray, log: bool) -> np.ndarray:
     return np.where(values > 0, values, np.nan) if log else values
 
 
-def draw_curve(axes: Axes, values: np.ndarray, name: str, mode: str, label: str, log: bool) -> None:
-    """Median of values [envs, T] and, with several environments, the 10-90% band."""
+def draw_curve(
+    axes: Axes, values: np.ndarray, name: str, mode: str, label: str, log: bool, **style: object
+) -> None:
+    """Median of values [envs, T] and, with several environments, the 10-90% band; `style` goes before the mode's."""
     updates = np.arange(values.shape[1])
     color = color_of(name)
     if len(values) > 1:
@@ -60,7 +62,7 @@ def draw_curve(axes: Axes, values: np.ndarray, name: str, mode: str, label: str,
             updates, _positive(low, log), _positive(high, log), color=color, alpha=0.12, linewidth=0
         )
     median = _positive(np.median(values, axis=0), log)
-    axes.plot(updates, median, color=color, label=label, **STYLES[mode])
+    axes.plot(updates, median, color=color, label=label, **{**STYLES[mode], **style})
 
 
 def draw_theory(axes: Axes, results: Results, settings: Mapping) -> None:

@@ -27,7 +27,7 @@ def run_script(name, *arguments):
     """Runs bandit/examples/<name>.py; returns the finished process."""
     command = [sys.executable, str(ROOT / "bandit" / "examples" / f"{name}.py"), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=170)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.parametrize("name", ["DPO-Unif", "DPO-Mix-P", "DPO-Mix-P*", "online", "best-worst"])
@@ -96,10 +96,10 @@ def test_the_joint_increment_is_the_exact_one_on_average(name):
     exact.make_increment(bandit, SAMPLERS[name], lr)(u, expected)
     draw = sampled.make_joint_increment(bandit, SAMPLERS[name], lr, 3, np.random.default_rng(7))
     drawn = []
-    for _ in range(5000):
+    for _ in range(2000):
         draw(u, out)
         drawn.append(out.copy())
-    assert (np.abs(np.mean(drawn, 0) - expected) < 5 * np.std(drawn, 0) / np.sqrt(5000)).all()
+    assert (np.abs(np.mean(drawn, 0) - expected) < 5 * np.std(drawn, 0) / np.sqrt(2000)).all()
 
 
 @pytest.mark.parametrize("name", ["DPO-Unif", "DPO-Mix-R", "DPO-Opt-Unif"])
@@ -205,7 +205,7 @@ def test_pilafs_pairs_weigh_the_loss_like_products_of_the_policys_probabilities(
 def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ablation")
     process = run_script(
-        "ablation", "--sweeps", "beta-exact", "p", "samplers-budget", "reference", "--quick", "--num_envs", 3,
+        "ablation", "--sweeps", "beta-exact", "p", "samplers-budget", "num_actions", "--quick", "--num_envs", 3,
         "--num_tuning", 2, "--num_workers", 2, "--output_dir", folder,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
@@ -223,7 +223,7 @@ def test_command_line_writes_results_and_figures(tiny):
     data = np.load(tiny / "results.npz")
     assert data["beta-exact/updates_param_diff"].shape == (1, 4, 3, 3)
     rows = list(csv.DictReader((tiny / "results.csv").open()))
-    assert {row["sweep"] for row in rows} == {"beta-exact", "p", "samplers-budget", "reference"}
+    assert {row["sweep"] for row in rows} == {"beta-exact", "p", "samplers-budget", "num_actions"}
     for row in rows:
         assert float(row["low"]) <= float(row["median"]) <= float(row["high"])
     row = next(r for r in rows if (r["sweep"], r["y_value"], r["outcome"]) == ("p", "0.5", "value_diff"))

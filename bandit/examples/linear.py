@@ -89,7 +89,7 @@ def resolve(args: argparse.Namespace) -> dict:
         BadInput: a sampler is unknown, or there are more features than directions.
     """
     config = {key: getattr(args, key) for key in SETTINGS}
-    largest = args.num_prompts * (args.num_actions - 1)
+    largest = linear.num_directions(args.num_prompts, args.num_actions)
     usual = (largest, 10 * args.num_actions, 2 * args.num_actions, args.num_actions // 2)
     config["dims"] = args.dims or sorted({d for d in usual if d <= largest}, reverse=True)
     for key in ("samplers", "variants", "dims"):
@@ -102,14 +102,22 @@ def resolve(args: argparse.Namespace) -> dict:
     for d in config["dims"]:
         if d > largest:
             raise BadInput(f"argument --dims: {d}, but prompts x (|Y| - 1) is {largest}")
+    if min(config["dims"]) == largest and all(linear.VARIANTS[v].outside for v in config["variants"]):
+        raise BadInput(f"argument --dims: with {largest} features no rewards are outside the span")
     return config
 
 
 def compute(config: dict, num_workers: int) -> dict:
     """{(variant, d): {sampler: series}}, with a progress bar."""
-    jobs = [(variant, d) for variant in config["variants"] for d in config["dims"]]
+    sizes = config["num_prompts"], config["num_actions"]
+    jobs = [
+        (variant, d)
+        for variant in config["variants"]
+        for d in config["dims"]
+        if not linear.VARIANTS[variant].outside or d < linear.num_directions(*sizes)
+    ]
     job = partial(
-        linear.evaluate, names=config["samplers"], sizes=(config["num_prompts"], config["num_actions"]),
+        linear.evaluate, names=config["samplers"], sizes=sizes,
         **{key: config[key] for key in ("beta", "num_envs", "num_tuning", "num_iter", "seed")},
     )  # fmt: skip
     with Pool(num_workers) if num_workers > 1 else nullcontext() as pool:
