@@ -2,7 +2,16 @@
 # shellcheck shell=bash source-path=SCRIPTDIR
 source "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
 
-iterate() { generate "$1" "$2"; annotate "$1" "$2"; train "$1" "$2"; }
+# Of several machines, which share RUN_DIR, the first one makes the data; all take part in training.
+iterate() {
+    if ((MACHINE_RANK == 0)); then
+        generate "$1" "$2"
+        annotate "$1" "$2"
+    else
+        wait_for "$(rewarded_data "$1" "$2")"
+    fi
+    train "$1" "$2"
+}
 
 # Iteration 1 is on-policy from the base model, and shared.
 if [[ -z $ITER1_MODEL ]]; then iterate 1 online; fi
