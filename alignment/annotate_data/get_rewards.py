@@ -8,13 +8,17 @@ Writes:  the same file with `rewards` [K] in every instance; while it runs, a jo
         --reward_name_or_path sfairXC/FsfairX-LLaMA3-RM-v0.1 --output_file data_with_rewards.json
 """
 
+import contextlib
+import functools
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from annotate_data.texts import TEMPLATES, check_template, instance_texts
+from common import scale_out
 from common.cli import Parser, UserError, natural, positive_int, run
 from common.models import default_dtype
 from common.provenance import data_inputs, model_inputs, provenance
@@ -43,6 +47,7 @@ def parser() -> Parser:
         "--token_budget", "most tokens, padding included, in one batch", type=positive_int, default=16384
     )
     flags.add("--dtype", "float32 or bfloat16; without it bfloat16 on a GPU", choices=("float32", "bfloat16"))
+    scale_out.add_flag(flags)
     flags.add("--trust_remote_code", "run Python code that the model brings along", action="store_true")
     return flags
 
@@ -52,10 +57,12 @@ def main() -> None:
     todo = [(source, output) for source, output in files(args) if not is_annotated(args, source, output)]
     if not todo:
         return
-    scorer = load_scorer(args)
-    models = model_inputs({"reward model": args.reward_name_or_path})
-    for source, output in todo:
-        annotate(args, scorer, models, source, output)
+    from annotate_data.scorer import TextBatches
+
+    encoder = TextBatches(args.reward_name_or_path, **reading_options(args))
+    check_template(args.reward_template, encoder.tokenizer, args.reward_name_or_path)
+    jobs = [Job(args, source, output, encoder) for source, output in todo]
+    annotate(args, jobs, model_inputs({"reward model": args.reward_name_or_path}))
 
 
 def files(args) -> list[tuple[str, str]]:
@@ -76,19 +83,77 @@ def is_annotated(args, source: str, output: str) -> bool:
     return True
 
 
-def annotate(args, scorer, models: list[dict], source: str, output: str) -> None:
-    """Scores one data file."""
-    instances, settings = read_records(source)
-    wanted = stage_settings(args, source)
-    texts = all_texts(instances, settings, source, args.reward_template, scorer.tokenizer)
-    scorer.cut = 0
-    with journal(output, wanted) as finished:
-        scores = score_all(scorer, texts, finished, source)
-        rows = with_rewards(instances, scores)
-        made_from = provenance([], models + data_inputs([source]))
-        stages = {**read_provenance(source), "annotate": made_from}
-        write_records(output, rows, {**settings, "annotate": wanted}, stages)
-    print(f"{output}: {summary(rows, scorer)}")
+class Job:
+    """One data file that is being scored.
+
+    Attributes:
+        texts: (row, response index, text that the reward model reads), in file order.
+        book: its journal, in which "row/response index" stands for a text; there from `open` on.
+    """
+
+    def __init__(self, args, source: str, output: str, encoder) -> None:
+        self.source, self.output, self.encoder = source, output, encoder
+        self.instances, self.made_with = read_records(source)
+        self.texts = all_texts(
+            self.instances, self.made_with, source, args.reward_template, encoder.tokenizer
+        )
+        self.settings = stage_settings(args, source)
+
+    def open(self, stack: contextlib.ExitStack) -> list:
+        """Opens the journal until the stack ends; returns the batches that hold texts without a score."""
+        self.book = stack.enter_context(journal(self.output, self.settings))
+        scored = {i for i in range(len(self.texts)) if self._key(i) in self.book.rows}
+        before = self.encoder.cut
+        batches = list(self.encoder.batches([text for _, _, text in self.texts], skip=scored))
+        self.cut = self.encoder.cut - before
+        return batches
+
+    def _key(self, i: int) -> str:
+        row, k, _ = self.texts[i]
+        return f"{row}/{k}"
+
+    def add(self, indices: list[int], scores: list[float]) -> None:
+        """Records the scores of a batch that are not there yet. Raises `UserError` for one that is not finite."""
+        for i, score in zip(indices, scores, strict=True):
+            row, k, text = self.texts[i]
+            if not math.isfinite(score):
+                raise UserError(
+                    f"{self.source}: row {row}: response {k} was given the score {score} (text {text[:60]!r} …)"
+                )
+            if self._key(i) not in self.book.rows:
+                self.book.add(self._key(i), score)
+
+    def finish(self, models: list[dict]) -> None:
+        """Writes the output if every text has its score."""
+        if len(self.book.rows) < len(self.texts):
+            return
+        rows = with_rewards(self.instances, self.book.rows)
+        made_from = provenance([], models + data_inputs([self.source]))
+        stages = {**read_provenance(self.source), "annotate": made_from}
+        write_records(self.output, rows, {**self.made_with, "annotate": self.settings}, stages)
+        self.book.close(done=True)
+        cut = f"; {self.cut} texts were cut to {self.encoder.max_length} tokens" if self.cut else ""
+        print(f"{self.output}: {summary(rows)}{cut}")
+
+
+def annotate(args, jobs: list[Job], models: list[dict]) -> None:
+    """Scores the files; each score is in its file's journal as soon as its batch is done."""
+    from tqdm import tqdm
+
+    with contextlib.ExitStack() as stack:
+        work = [(job, batch) for job in jobs for batch in job.open(stack)]
+        # The bar goes to standard output: standard error is for the one line of an error.
+        bar = tqdm(desc="scoring", unit="text", file=sys.stdout, mininterval=1)
+        stack.callback(bar.close)
+        bar.total, bar.n = sum(len(job.texts) for job in jobs), sum(len(job.book.rows) for job in jobs)
+        for job in jobs:
+            job.finish(models)
+        for number, scores in all_scores(args, [batch.rows for _, batch in work]):
+            job, batch = work[number]
+            before = len(job.book.rows)
+            job.add(batch.indices, scores)
+            bar.update(len(job.book.rows) - before)
+            job.finish(models)
 
 
 def stage_settings(args, source: str) -> dict:
@@ -103,20 +168,37 @@ def stage_settings(args, source: str) -> dict:
     }
 
 
-def load_scorer(args):
-    """The reward model of the command line."""
-    from annotate_data.scorer import RewardScorer
+def reading_options(args) -> dict:
+    """How the command line wants texts to be read."""
+    return {
+        "max_length": args.max_length,
+        "token_budget": args.token_budget,
+        "trust_remote_code": args.trust_remote_code,
+    }
 
-    scorer = RewardScorer(
-        args.reward_name_or_path,
-        column=args.reward_column,
-        max_length=args.max_length,
-        token_budget=args.token_budget,
-        dtype=args.dtype or default_dtype(),
-        trust_remote_code=args.trust_remote_code,
-    )
-    check_template(args.reward_template, scorer.tokenizer, args.reward_name_or_path)
-    return scorer
+
+def note(text: str) -> None:
+    """Prints below the bar."""
+    print(f"\n{text}", flush=True)
+
+
+def all_scores(args, work: list[list[list[int]]]) -> Iterator[tuple[int, list[float]]]:
+    """Yields (number of the batch, scores of its token lists) as batches are done, by one scorer or several."""
+    from annotate_data.scorer import RewardScorer, ScoringEngine
+
+    options = {"column": args.reward_column, "dtype": args.dtype or default_dtype(), **reading_options(args)}
+    if not work:
+        return
+    if args.num_engines == 1:
+        scorer = RewardScorer(args.reward_name_or_path, say=note, **options)
+        yield from enumerate(map(scorer.score_rows, work))
+        return
+    make_engine = functools.partial(ScoringEngine, args.reward_name_or_path, **options)
+    engines = scale_out.start(args.num_engines)
+    for number, (scores, notes) in scale_out.answers(make_engine, work, engines):
+        for text in notes:
+            note(text)
+        yield number, scores
 
 
 def all_texts(
@@ -131,52 +213,22 @@ def all_texts(
     return found
 
 
-def score_all(
-    scorer, texts: list[tuple[int, int, str]], finished, source: str
-) -> dict[tuple[int, int], float]:
-    """(row, response index) → score; each score is in the journal as soon as its batch is done."""
-    from tqdm import tqdm
-
-    scores = {
-        i: finished.rows[f"{row}/{k}"] for i, (row, k, _) in enumerate(texts) if f"{row}/{k}" in finished.rows
-    }
-    # The bar goes to standard output: standard error is for the one line of an error.
-    bar = tqdm(
-        total=len(texts), initial=len(scores), desc="scoring", unit="text", file=sys.stdout, mininterval=1
-    )
-    for i, score in scorer.stream([text for _, _, text in texts], skip=frozenset(scores)):
-        row, k, text = texts[i]
-        if not math.isfinite(score):
-            bar.close()
-            raise UserError(
-                f"{source}: row {row}: response {k} was given the score {score} (text {text[:60]!r} …)"
-            )
-        scores[i] = score
-        finished.add(f"{row}/{k}", score)
-        bar.update()
-    bar.close()
-    return {texts[i][:2]: score for i, score in scores.items()}
-
-
-def with_rewards(instances: list[dict], scores: dict[tuple[int, int], float]) -> list[dict]:
-    """The instances with their `rewards`."""
+def with_rewards(instances: list[dict], scores: dict[str, float]) -> list[dict]:
+    """The instances with their `rewards`, from "row/response index" → score."""
     return [
-        {**instance, "rewards": [scores[row, k] for k in range(len(instance["responses"]))]}
+        {**instance, "rewards": [scores[f"{row}/{k}"] for k in range(len(instance["responses"]))]}
         for row, instance in enumerate(instances)
     ]
 
 
-def summary(instances: list[dict], scorer) -> str:
-    """Mean and best-of-K reward, and how many texts were too long."""
+def summary(instances: list[dict]) -> str:
+    """Mean and best-of-K reward."""
     every = [reward for instance in instances for reward in instance["rewards"]]
     best = [max(instance["rewards"]) for instance in instances]
-    text = (
+    return (
         f"{len(instances)} prompts, {len(every)} responses: mean reward {sum(every) / len(every):.4f}, "
         f"best-of-K reward {sum(best) / len(best):.4f}"
     )
-    if scorer.cut:
-        text += f"; {scorer.cut} texts were cut to {scorer.max_length} tokens"
-    return text
 
 
 if __name__ == "__main__":

@@ -1,48 +1,93 @@
 """Scores of texts under a sequence-classification reward model, in batches that do not change the scores."""
 
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from typing import NamedTuple
 
 import torch
 
 from annotate_data.texts import encode
 from common.cli import UserError
-from common.models import context_length, default_device, load_reward_model, load_tokenizer
+from common.models import context_length, default_device, load_config, load_reward_model, load_tokenizer
 
 # Texts are sorted by length inside a window: long enough to batch well, short enough to hold in memory.
 WINDOW = 4096
 
 
-class RewardScorer:
-    """A reward model that scores texts.
+class Batch(NamedTuple):
+    """Texts that are scored together: their indices, and their token ids, the longest first."""
+
+    indices: list[int]
+    rows: list[list[int]]
+
+
+class TextBatches:
+    """What the reward model reads of texts, in batches that depend on the texts alone; it needs no weights.
 
     Args:
         name: a folder or hub name of an `AutoModelForSequenceClassification`.
-        column: which label is the reward; may be None where there is only one.
         max_length: tokens kept of a text; None = what the tokenizer or the model allows.
         token_budget: most tokens, padding included, in one forward pass.
-        dtype: float32 or bfloat16.
         trust_remote_code: whether the model may bring its own Python code.
 
     Attributes:
-        cut: how many of the texts scored so far were longer than `max_length`.
+        cut: how many of the texts so far were longer than `max_length`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        max_length: int | None = None,
+        token_budget: int = 16384,
+        trust_remote_code: bool = False,
+    ) -> None:
+        config = load_config(name, "reward model", trust_remote_code)
+        self.tokenizer = load_tokenizer(name, "reward model", trust_remote_code)
+        self.max_length = _length_limit(self.tokenizer, config, max_length)
+        self.token_budget = token_budget
+        self.cut = 0
+
+    def batches(self, texts: list[str], skip: Collection[int] = frozenset()) -> Iterator[Batch]:
+        """Batches of similar length, longest text of a window first.
+
+        Those whose texts are all in `skip` (indices that need no score) are left out; the others do not depend on
+        it: a continued run computes the same numbers.
+        """
+        for start in range(0, len(texts), WINDOW):
+            tokens, cut = encode(self.tokenizer, texts[start : start + WINDOW], self.max_length)
+            self.cut += sum(cut)
+            waiting = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
+            while waiting:
+                size = within_budget(len(waiting), len(tokens[waiting[0]]), self.token_budget)
+                batch = Batch([start + i for i in waiting[:size]], [tokens[i] for i in waiting[:size]])
+                if not all(i in skip for i in batch.indices):
+                    yield batch
+                waiting = waiting[size:]
+
+
+class RewardScorer(TextBatches):
+    """A reward model that scores texts.
+
+    Args:
+        column: which label is the reward; may be None where there is only one.
+        dtype: float32 or bfloat16.
+        say: is given what the user should know of.
+        options: see `TextBatches`.
     """
 
     def __init__(
         self,
         name: str,
         column: int | None = None,
-        max_length: int | None = None,
-        token_budget: int = 16384,
         dtype: str = "float32",
         trust_remote_code: bool = False,
+        say: Callable[[str], None] = print,
+        **options,
     ) -> None:
-        self.tokenizer = load_tokenizer(name, "reward model", trust_remote_code)
+        super().__init__(name, trust_remote_code=trust_remote_code, **options)
+        self.say = say
         self.model = load_reward_model(name, dtype, trust_remote_code).to(default_device())
         self.column = _checked_column(name, self.model.config.num_labels, column)
-        self.max_length = _length_limit(self.tokenizer, self.model.config, max_length)
-        self.token_budget = token_budget
-        self.cut = 0
         self.padding_is_safe = self._padding_is_safe(dtype)
 
     def score(self, texts: list[str]) -> list[float]:
@@ -51,30 +96,20 @@ class RewardScorer:
         return [scores[i] for i in range(len(texts))]
 
     def stream(self, texts: list[str], skip: Collection[int] = frozenset()) -> Iterator[tuple[int, float]]:
-        """Yields (index, score) as batches finish, longest text of a window first.
+        """Yields (index, score) of the texts that are not in `skip`, as batches finish."""
+        for batch in self.batches(texts, skip):
+            scores = self.score_rows(batch.rows)
+            yield from (pair for pair in zip(batch.indices, scores, strict=True) if pair[0] not in skip)
 
-        Batches do not depend on `skip` (indices that need no score): a continued run computes the same numbers.
-        """
-        for start in range(0, len(texts), WINDOW):
-            tokens, cut = encode(self.tokenizer, texts[start : start + WINDOW], self.max_length)
-            self.cut += sum(cut)
-            waiting = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
-            while waiting:
-                batch = self._next_batch([tokens[i] for i in waiting])
-                indices = [start + i for i in waiting[: len(batch)]]
-                if not all(i in skip for i in indices):
-                    scores = self._try_forward(batch)
-                    if scores is None:
-                        continue
-                    yield from (pair for pair in zip(indices, scores, strict=True) if pair[0] not in skip)
-                waiting = waiting[len(batch) :]
-
-    def _next_batch(self, longest_first: list[list[int]]) -> list[list[int]]:
-        longest = len(longest_first[0])
-        batch = longest_first[: max(1, self.token_budget // max(1, longest))]
-        if self.padding_is_safe:
-            return batch
-        return list(itertools.takewhile(lambda row: len(row) == longest, batch))
+    def score_rows(self, rows: list[list[int]]) -> list[float]:
+        """Scores of a batch's token lists: in one pass, unless padding or memory forbids that."""
+        scores: list[float] = []
+        while waiting := rows[len(scores) :]:
+            part = waiting[: within_budget(len(waiting), len(waiting[0]), self.token_budget)]
+            if not self.padding_is_safe:
+                part = list(itertools.takewhile(lambda row: len(row) == len(waiting[0]), part))
+            scores += self._try_forward(part) or []
+        return scores
 
     def _try_forward(self, batch: list[list[int]]) -> list[float] | None:
         """The batch's scores, or None after memory ran out and the token budget was halved."""
@@ -89,7 +124,7 @@ class RewardScorer:
         # Halve what was really used: the budget may be far above it.
         self.token_budget = min(self.token_budget, len(batch) * len(batch[0])) // 2
         torch.cuda.empty_cache()
-        print(f"\nout of GPU memory: going on with batches of {self.token_budget} tokens", flush=True)
+        self.say(f"out of GPU memory: going on with batches of {self.token_budget} tokens")
         return None
 
     @torch.inference_mode()
@@ -110,10 +145,29 @@ class RewardScorer:
         # NaN scores are reported with their row later.
         if not abs(together - alone) > tolerance:
             return True
-        print(
+        self.say(
             f"padding changes this model's scores ({alone:.4f} to {together:.4f}): batching equal lengths only"
         )
         return False
+
+
+class ScoringEngine:
+    """A scorer in an actor of its own: what it says goes with its answers."""
+
+    def __init__(self, name: str, **options) -> None:
+        self.notes: list[str] = []
+        self.scorer = RewardScorer(name, say=self.notes.append, **options)
+
+    def __call__(self, rows: list[list[int]]) -> tuple[list[float], list[str]]:
+        scores = self.scorer.score_rows(rows)
+        notes = self.notes.copy()
+        self.notes.clear()
+        return scores, notes
+
+
+def within_budget(count: int, longest: int, budget: int) -> int:
+    """How many of `count` texts, all padded to `longest` tokens, fit into one pass of `budget` tokens; 1 or more."""
+    return min(count, max(1, budget // max(1, longest)))
 
 
 def pad_right(rows: list[list[int]], config) -> dict[str, torch.Tensor] | None:

@@ -324,8 +324,10 @@ class Journal:
         self.rows.place(key, *self._append({"key": key, "row": row}))
 
     def close(self, done: bool) -> None:
-        """Ends the stage; with `done` (the final file is in place) the journal is removed."""
-        if done:
+        """Ends the stage, once; the journal is removed if the final file is in place (`done`) or there is no row."""
+        if self._file.closed:
+            return
+        if done or not self.rows:
             self.path.unlink()
         self._file.close()
 

@@ -21,7 +21,7 @@ NOTE = (
     "paired bootstrap over prompts, for these seeds. A difference is called clear only where both exclude 0."
 )
 CAPTION = (
-    "Mean reward on the test prompts against the KL from the base model. Thin: the seeds' curves, from the base model "
+    "Mean reward on the test prompts against the KL from the base. Thin: the seeds' curves, from the base model "
     "through the shared iteration 1 to the last model (dot); band: their range; thick: their mean, where all reach."
 )
 

@@ -38,6 +38,7 @@ from common.models import (
 )
 from common.provenance import data_inputs, model_inputs, provenance
 from common.records import Journal, is_done, journal, read_records, sha256, write_json
+from generation.backends import make_generator
 from generation.interface import Sampling
 from generation.plan import Plan, requests
 from generation.prompts import TEMPLATES, load_prompts
@@ -159,7 +160,7 @@ def sample(args: argparse.Namespace, prompts: list, book: Journal, tokenizer) ->
     plan = Plan(prompts, args.start, POLICY_ALONE, 1, args.seed)
     wanted = list(requests(plan, book.rows))
     if wanted:
-        generator = make_generator(args)
+        generator = make_generator(args, args.model_name_or_path, None)
         stop_ids = stop_token_ids(tokenizer, args.model_name_or_path)
         sampling = Sampling(args.temperature, args.max_new_tokens, stop_ids)
         for response in tqdm(generator.generate(wanted, sampling), "sampling", len(wanted), file=sys.stdout):
@@ -169,29 +170,6 @@ def sample(args: argparse.Namespace, prompts: list, book: Journal, tokenizer) ->
         gc.collect()
     rows = [book.rows[request.key] for request in requests(plan, {})]
     return [[Sequence(p.token_ids, r["ids"], r["ended"])] for p, r in zip(prompts, rows, strict=True)]
-
-
-def make_generator(args: argparse.Namespace):
-    """The back end, holding the policy alone."""
-    shared = {
-        "dtype": args.dtype,
-        "max_num_seqs": args.max_num_seqs,
-        "trust_remote_code": args.trust_remote_code,
-    }
-    if args.backend == "hf":
-        from generation.backend_hf import HFGenerator
-
-        return HFGenerator(args.model_name_or_path, None, **shared)
-    from generation.backend_vllm import VLLMGenerator
-
-    return VLLMGenerator(
-        args.model_name_or_path,
-        None,
-        max_length=args.max_input_length + args.max_new_tokens,
-        tensor_parallel_size=args.tensor_parallel_size,
-        gpu_memory_utilization=args.gpu_memory_utilization,
-        **shared,
-    )
 
 
 def release(generator) -> None:

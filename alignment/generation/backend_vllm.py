@@ -5,9 +5,8 @@ import threading
 from collections.abc import Iterable, Iterator
 from multiprocessing import connection
 
-from common.cli import UserError
 from common.models import default_device, load_config
-from generation.interface import Request, Response, Sampling
+from generation.interface import EngineDied, Request, Response, Sampling
 
 
 class VLLMGenerator:
@@ -70,13 +69,17 @@ class VLLMGenerator:
         _watch_engine(self.llm.llm_engine.engine_core)
 
     def generate(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Response]:
-        """Yields responses as they finish, in no particular order; reads `requests` only as fast as it samples."""
+        """Yields responses as they finish, in no particular order.
+
+        Reads `requests` only as fast as it samples, and asks it again while responses are in flight: an iterator
+        that had no more may have more then.
+        """
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
             yield from self._generate(requests, sampling)
         except EngineDeadError:
-            raise UserError("vLLM's engine process died; the same command continues from here") from None
+            raise EngineDied("vLLM's engine process died; the same command continues from here") from None
 
     def _generate(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Response]:
         engine = self.llm.llm_engine

@@ -11,13 +11,17 @@ Writes  OUT.json: prompts, responses, which pair of the sampler each came from, 
 """
 
 import argparse
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 PROJECT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(PROJECT / "alignment"), str(PROJECT)]  # the samplers' table is the bandit's
 
 from bandit.mixtures import MIXTURES, Mixture, Pairs
+from common import scale_out
 from common.cli import Parser, UserError, fraction, natural, non_negative, positive, positive_int, run
 from common.models import (
     check_same_vocabulary,
@@ -29,7 +33,8 @@ from common.models import (
 )
 from common.provenance import data_inputs, model_inputs, provenance
 from common.records import Journal, is_done, journal, sha256, write_records
-from generation.interface import Sampling
+from generation.backends import make_generator
+from generation.interface import Request, Sampling
 from generation.plan import Plan, instances, requests
 from generation.prompts import TEMPLATES, Prompt, load_prompts
 from generation.samplers import (
@@ -88,6 +93,7 @@ def parser() -> Parser:
     p.add("--max_num_seqs", "responses sampled at a time", type=positive_int, default=64)
     p.add("--tensor_parallel_size", "GPUs that share a model (vllm)", type=positive_int, default=1)
     p.add("--gpu_memory_utilization", "share of GPU memory for the engine (vllm)", type=fraction, default=0.9)
+    scale_out.add_flag(p)
     p.add("--trust_remote_code", "run code that comes with a model", action="store_true")
     return p
 
@@ -154,29 +160,6 @@ def check_models(args: argparse.Namespace, policy: str | None, reference: str | 
     return tokenizers[0]
 
 
-def make_generator(args: argparse.Namespace, policy: str | None, reference: str | None):
-    """The back end, with its models loaded."""
-    shared = {
-        "dtype": args.dtype,
-        "max_num_seqs": args.max_num_seqs,
-        "trust_remote_code": args.trust_remote_code,
-    }
-    if args.backend == "hf":
-        from generation.backend_hf import HFGenerator
-
-        return HFGenerator(policy, reference, **shared)
-    from generation.backend_vllm import VLLMGenerator
-
-    return VLLMGenerator(
-        policy,
-        reference,
-        max_length=args.max_input_length + args.max_new_tokens,
-        tensor_parallel_size=args.tensor_parallel_size,
-        gpu_memory_utilization=args.gpu_memory_utilization,
-        **shared,
-    )
-
-
 def settings_of(
     args: argparse.Namespace, sampler: Mixture, pairs: Pairs, policy: str | None, reference: str | None
 ) -> dict:
@@ -214,22 +197,80 @@ def slices(args: argparse.Namespace) -> list[tuple[int, int | None, str]]:
     return list(zip(args.start, ends, args.output_file, strict=True))
 
 
-def sample_slice(plan: Plan, book: Journal, generator, sampling: Sampling, tokenizer) -> None:
-    """Samples what the journal lacks and writes each response to it as it finishes, with a progress bar."""
-    from tqdm import tqdm
+class Slice(NamedTuple):
+    """One output: its file, its settings, and which responses it needs."""
 
-    total = len(plan.prompts) * plan.count
-    tokens = 0
-    with tqdm(total=total, initial=len(book.rows), unit="response", desc="generate", mininterval=1) as bar:
-        for response in generator.generate(requests(plan, book.rows), sampling):
+    output: str
+    settings: dict
+    plan: Plan
+
+    @property
+    def size(self) -> int:
+        return len(self.plan.prompts) * self.plan.count
+
+
+def slices_to_do(
+    args: argparse.Namespace,
+    wanted: list[tuple[int, int | None, str]],
+    tokenizer,
+    settings: dict,
+    pairs: Pairs,
+) -> list[Slice]:
+    """Those whose file is not there yet; the prompts of all are read, so that a wrong slice is refused."""
+    todo = []
+    for start, end, output in wanted:
+        own_settings = {**settings, "start": start, "end": end}
+        prompts = read_prompts(args, tokenizer, start, end)
+        if is_done(output, "generate", own_settings):
+            print(f"generate: {output} is already complete")
+        else:
+            todo.append(Slice(output, own_settings, Plan(prompts, start, pairs, args.K, args.seed)))
+    return todo
+
+
+def missing(todo: list[Slice], books: list[Journal]) -> Iterator[Request]:
+    """The requests that the journals lack, one slice after the other; their keys begin with the slice's number."""
+    for number, (part, book) in enumerate(zip(todo, books, strict=True)):
+        for request in requests(part.plan, book.rows):
+            yield request._replace(key=f"{number}/{request.key}")
+
+
+def sample(todo: list[Slice], generator, sampling: Sampling, tokenizer, made_from: dict) -> None:
+    """Samples what the journals lack; writes each response as it finishes, a slice's file with its last one."""
+    with contextlib.ExitStack() as stack:
+        books = [stack.enter_context(journal(part.output, part.settings)) for part in todo]
+        bar = stack.enter_context(progress(sum(part.size for part in todo), sum(len(b.rows) for b in books)))
+        for part, book in zip(todo, books, strict=True):
+            finish(part, book, made_from)
+        tokens = 0
+        for response in generator.generate(missing(todo, books), sampling):
+            number, key = response.key.split("/")
+            part, book = todo[int(number)], books[int(number)]
             text = tokenizer.decode(response.token_ids, skip_special_tokens=True)
             row = {"text": text, "stop_reason": response.stop_reason, "num_tokens": response.num_tokens}
-            book.add(response.key, row)
+            book.add(key, row)
             tokens += response.num_tokens
             bar.update()
-            bar.set_postfix_str(
-                f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s", refresh=False
-            )
+            rate = tokens / max(bar.format_dict["elapsed"], 1e-9)
+            bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
+            finish(part, book, made_from)
+
+
+def progress(total: int, done: int):
+    """A bar over all slices."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, initial=done, unit="response", desc="generate", mininterval=1)
+
+
+def finish(part: Slice, book: Journal, made_from: dict) -> None:
+    """Writes the slice's file if its journal is complete."""
+    if len(book.rows) < part.size:
+        return
+    rows = instances(part.plan, book.rows)
+    write_records(part.output, rows, {"generate": part.settings}, {"generate": made_from})
+    book.close(done=True)
+    print(f"generate: wrote {part.output} ({len(part.plan.prompts)} prompts x {part.plan.count} responses)")
 
 
 def main() -> None:
@@ -243,26 +284,14 @@ def main() -> None:
     wanted = slices(args)
     tokenizer = check_models(args, policy, reference)
     settings = settings_of(args, sampler, pairs, policy, reference)
-    todo = []
-    for start, end, output in wanted:
-        own_settings = {**settings, "start": start, "end": end}
-        prompts = read_prompts(args, tokenizer, start, end)
-        if is_done(output, "generate", own_settings):
-            print(f"generate: {output} is already complete")
-        else:
-            todo.append((output, own_settings, Plan(prompts, start, pairs, args.K, args.seed)))
+    todo = slices_to_do(args, wanted, tokenizer, settings, pairs)
     if not todo:
         return
     sampling = Sampling(args.temperature, args.max_new_tokens, stop_token_ids(tokenizer, policy or reference))
     generator = make_generator(args, policy, reference)
     inputs = model_inputs({"policy": policy, "reference": reference}) + data_inputs(args.dataset_name_or_path)
     made_from = provenance(["vllm"] if args.backend == "vllm" else [], inputs)
-    for output, own_settings, plan in todo:
-        with journal(output, own_settings) as book:
-            sample_slice(plan, book, generator, sampling, tokenizer)
-            rows = instances(plan, book.rows)
-            write_records(output, rows, {"generate": own_settings}, {"generate": made_from})
-        print(f"generate: wrote {output} ({len(plan.prompts)} prompts x {plan.count} responses)")
+    sample(todo, generator, sampling, tokenizer, made_from)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 import hashlib
 from typing import NamedTuple
 
+from common.cli import UserError
+
 
 class Request(NamedTuple):
     """One response to sample.
@@ -37,6 +39,10 @@ class Response(NamedTuple):
     def num_tokens(self) -> int:
         """How many tokens were sampled, the end token counted."""
         return len(self.token_ids) + (self.stop_reason == "stop")
+
+
+class EngineDied(UserError):
+    """The engine lost the process in which it ran; a fresh engine may go on."""
 
 
 class Sampling(NamedTuple):

@@ -17,8 +17,9 @@ default MAX_NEW_TOKENS 128
 default BACKEND vllm
 default GENERATION_DTYPE ""  # bfloat16 on a GPU, else float32
 default MAX_NUM_SEQS 64
-default TENSOR_PARALLEL_SIZE 1
+default TENSOR_PARALLEL_SIZE 1  # GPUs that share a model that does not fit on one
 default GPU_MEMORY_UTILIZATION 0.9
+default NUM_ENGINES ""  # also of annotation: as many as there are GPUs for, here or in the Ray cluster at RAY_ADDRESS
 
 # Rewards.
 default REWARD_TEMPLATE none  # prompt + response as plain text, as published

@@ -35,7 +35,9 @@ load_recipe() {
     for sampler in $SAMPLERS; do check_name "$sampler" sampler; done
     [[ $ITERS =~ ^[1-9][0-9]*$ ]] || die "ITERS '$ITERS': not a whole number above 0"
     [[ $SEEDS =~ ^([0-9]{1,9}\ *)+$ ]] || die "SEEDS '$SEEDS': not whole numbers with spaces between them"
-    check_whole SEED GLOBAL_BATCH PER_DEVICE_BATCH NUM_MACHINES MACHINE_RANK TEST_START KL_PROMPTS
+    check_whole SEED GLOBAL_BATCH PER_DEVICE_BATCH NUM_MACHINES MACHINE_RANK TEST_START KL_PROMPTS TENSOR_PARALLEL_SIZE
+    ((TENSOR_PARALLEL_SIZE > 0)) || die "TENSOR_PARALLEL_SIZE 0: not a whole number above 0"
+    [[ -z $NUM_ENGINES || $NUM_ENGINES == all ]] || check_whole NUM_ENGINES
     ((MACHINE_RANK < NUM_MACHINES)) || die "MACHINE_RANK $MACHINE_RANK: with NUM_MACHINES $NUM_MACHINES it is below that"
 }
 

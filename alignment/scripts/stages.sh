@@ -19,6 +19,14 @@ engine_flags() {
     if [[ -n $GENERATION_DTYPE ]]; then ENGINE_FLAGS+=(--dtype "$GENERATION_DTYPE"); fi
 }
 
+# One engine for every $1 GPUs, or as many as the Ray cluster at RAY_ADDRESS has room for; one alone needs no Ray.
+scale_flags() {
+    local count=${NUM_ENGINES:-$((GPUS / $1))}
+    if [[ -z $NUM_ENGINES && -n ${RAY_ADDRESS:-} ]]; then count=all; fi
+    SCALE_FLAGS=()
+    if [[ $count == all ]] || ((count > 1)); then SCALE_FLAGS=(--num_engines "$count"); fi
+}
+
 # A sampler is a row of bandit/mixtures.py, unless the recipe or the caller gives it pairs of its own.
 sampler_flags() {
     local pairs=PAIRS_${1//[^A-Za-z0-9_]/_}
@@ -30,19 +38,20 @@ sampler_flags() {
 generate() {
     local n=$1 sampler=$2
     local before=$((n > 1 ? n - 2 : 0))
-    prompt_flags; engine_flags; sampler_flags "$sampler"
+    prompt_flags; engine_flags; scale_flags "$TENSOR_PARALLEL_SIZE"; sampler_flags "$sampler"
     run "generate iter$n $sampler" "$(python_of vllm)" "$ALIGNMENT/generation/generate.py" \
         --model_name_or_path "$(model_of $((n - 1)) "$sampler")" --ref_model_name_or_path "$BASE_MODEL" \
         --previous_model_name_or_path "$(model_of "$before" "$sampler")" \
         "${PROMPT_FLAGS[@]}" --start "$TRAIN_START" --end "$TRAIN_END" "${SAMPLER_FLAGS[@]}" --beta "$BETA" \
-        --temperature "$TEMPERATURE" "${ENGINE_FLAGS[@]}" --seed $((SEED * 1000 + n)) \
+        --temperature "$TEMPERATURE" "${ENGINE_FLAGS[@]}" "${SCALE_FLAGS[@]}" --seed $((SEED * 1000 + n)) \
         --output_file "$(gen_data "$n" "$sampler")"
 }
 
 annotate() {
+    scale_flags 1
     run "annotate iter$1 $2" "$(python_of rewardflow)" "$ALIGNMENT/annotate_data/get_rewards.py" \
         --dataset_name_or_path "$(gen_data "$1" "$2")" --reward_name_or_path "$REWARD_MODEL" \
-        --reward_template "$REWARD_TEMPLATE" --output_file "$(rewarded_data "$1" "$2")"
+        --reward_template "$REWARD_TEMPLATE" "${SCALE_FLAGS[@]}" --output_file "$(rewarded_data "$1" "$2")"
 }
 
 # Ends when the file $1, which another machine writes, is there: files get their names when they are complete.
@@ -89,11 +98,11 @@ train() {
 
 # Responses of the model $1 $2 (iteration, label) to the test prompts and to the train prompts, with one engine start.
 generate_for_evaluation() {
-    prompt_flags; engine_flags
+    prompt_flags; engine_flags; scale_flags "$TENSOR_PARALLEL_SIZE"
     run "evaluate: generate $2 iter$1" "$(python_of vllm)" "$ALIGNMENT/generation/generate.py" \
         --model_name_or_path "$(model_of "$1" "$2")" "${PROMPT_FLAGS[@]}" --sampler online \
         --start "$TEST_START" "$TRAIN_START" --end "$TEST_END" "$EVAL_TRAIN_END" \
-        --K "$EVAL_K" --temperature "$EVAL_TEMPERATURE" "${ENGINE_FLAGS[@]}" --seed $((SEED * 1000)) \
+        --K "$EVAL_K" --temperature "$EVAL_TEMPERATURE" "${ENGINE_FLAGS[@]}" "${SCALE_FLAGS[@]}" --seed $((SEED * 1000)) \
         --output_file "$(eval_gen_data 0 "$2" "$1")" "$(eval_gen_data 1 "$2" "$1")"
 }
 
@@ -107,20 +116,19 @@ annotate_for_evaluation() {
             outputs+=("$("$3" "$part" "$label" "$n")")
         done
     done < <(all_models)
+    scale_flags 1
     run "evaluate: annotate with $(basename "$1")" "$(python_of rewardflow)" "$ALIGNMENT/annotate_data/get_rewards.py" \
         --dataset_name_or_path "${inputs[@]}" --reward_name_or_path "$1" --reward_template "$2" \
-        --output_file "${outputs[@]}"
+        "${SCALE_FLAGS[@]}" --output_file "${outputs[@]}"
 }
 
 # KL from the base model of the model $1 $2 (iteration, label), on held-out prompts.
 measure_kl() {
-    prompt_flags
-    local dtype=()
-    if [[ -n $GENERATION_DTYPE ]]; then dtype=(--dtype "$GENERATION_DTYPE"); fi
+    prompt_flags; engine_flags
     run "KL $2 iter$1" "$(python_of vllm)" "$ALIGNMENT/evaluation/get_kl.py" \
         --model_name_or_path "$(model_of "$1" "$2")" --ref_model_name_or_path "$BASE_MODEL" "${PROMPT_FLAGS[@]}" \
         --start "$TEST_START" --end $((TEST_START + KL_PROMPTS)) --temperature "$KL_TEMPERATURE" \
-        --max_new_tokens "$MAX_NEW_TOKENS" --backend "$BACKEND" "${dtype[@]}" --seed $((SEED * 1000)) \
+        "${ENGINE_FLAGS[@]}" --seed $((SEED * 1000)) \
         --output_file "$(kl_result "$2" "$1")"
 }
 

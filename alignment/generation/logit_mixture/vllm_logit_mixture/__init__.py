@@ -4,6 +4,10 @@ Every request brings its own two weights, `SamplingParams(extra_args={"mixture":
 engine serves any mixture, and several of them in one continuous batch. `engine_options` gives what `vllm.LLM` needs.
 """
 
+import multiprocessing
+import os
+import threading
+
 ARCHITECTURE = "LogitMixtureForCausalLM"
 
 
@@ -11,7 +15,24 @@ def register() -> None:
     """Makes the architecture known to vLLM; called in each of its processes through the plugin's entry point."""
     from vllm import ModelRegistry
 
+    _end_with_parent()
     ModelRegistry.register_model(ARCHITECTURE, f"{__name__}.model:{ARCHITECTURE}")
+
+
+def _end_with_parent() -> None:
+    """Ends this process, if it is one of vLLM's own, when the one that started it has died.
+
+    vLLM's engine process would outlive a killed script for ever, and with it what it holds of the GPU's memory.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def engine_options(policy: str, reference: str, policy_architectures: list[str]) -> dict:
