@@ -156,7 +156,9 @@ def lines_figure(sweeps: dict[str, Sweep], results: dict[str, Results], outcome:
     """A panel for each sweep that has the same series."""
     columns = min(3, len(sweeps))
     height = -(-len(sweeps) // columns)
-    canvas, grid = plt.subplots(height, columns, figsize=(3.1 * columns, 2.6 * height + 0.5), squeeze=False)
+    canvas, grid = plt.subplots(
+        height, columns, figsize=(max(5.0, 3.1 * columns), 2.6 * height + 0.5), squeeze=False
+    )
     for axes, (name, sweep) in zip(grid.flat, sweeps.items(), strict=False):
         draw_lines(axes, sweep, results[name], outcome)
     for axes in list(grid.flat)[len(sweeps) :]:
@@ -237,6 +239,6 @@ def save_figures(
     save: Callable[[Path, Callable], None],
 ) -> None:
     """Writes every figure into folder as PDF and PNG through save(path, write to a path)."""
-    with plt.rc_context({**STYLE, "savefig.dpi": 120}):
+    with plt.rc_context({**STYLE, "savefig.dpi": 86}):
         for name, canvas in figures(sweeps, results):
             save_both(canvas, folder / name, save)

@@ -90,11 +90,13 @@ MIXTURES = {
         always(POLICY, SECOND), "policy x the policy of the iteration before", second_model="previous"
     ),
     "best-worst": Mixture(
-        always(POLICY, POLICY), "best and worst of 8 on-policy responses, by reward", candidates=8
+        always(POLICY, POLICY),
+        "best and worst of 8 on-policy responses, by reward: West-of-N, arXiv 2401.12086",
+        candidates=8,
     ),
     "implicit-best-worst": Mixture(
         always(POLICY, POLICY),
-        "highest and lowest implicit reward beta log(pi/pi_ref) of 8 on-policy responses",
+        "highest and lowest implicit reward beta log(pi/pi_ref) of 8 on-policy responses: DICE, arXiv 2406.09760",
         candidates=8,
         choose="implicit_max_min",
     ),
