@@ -7,6 +7,7 @@
 set -euo pipefail
 export RECIPE=${RECIPE:-ablation}
 source "$(dirname "${BASH_SOURCE[0]}")/scripts/settings.sh"
+one_machine
 
 # One of the other drivers, $2, in the run folder $1, with what follows set for it.
 driver() {
@@ -25,5 +26,5 @@ for number in $SEEDS; do
 done
 read -ra seeds <<<"$SEEDS"
 read -ra samplers <<<"$SAMPLERS"
-run "compare seeds" "$(python_of rewardflow)" "$ALIGNMENT/evaluation/compare_seeds.py" \
+run "compare seeds" "$REWARDFLOW_PYTHON" "$ALIGNMENT/evaluation/compare_seeds.py" \
     --run_dir "$RUN_DIR" --seeds "${seeds[@]}" --samplers "${samplers[@]}" --iterations "$ITERS"

@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 POLICY = (1.0, 0.0)
 SECOND = (0.0, 1.0)
+# Of several pairs, best against worst among the responses of one of them: with K = 2 the same as max_min.
+WITHIN = "mixed_max_min"
 
 
 class Pair(NamedTuple):
@@ -72,15 +74,19 @@ MIXTURES = {
     "gshf": Mixture(always(SECOND, POLICY), "reference x policy: hybrid, Xiong et al., arXiv 2312.11456"),
     "mixp": Mixture(lambda beta: family(0.5, 0.5), "1.5/-0.5 x 0.5/0.5: the paper's, Safe-RLHF"),
     "mixp-iterative": Mixture(
-        lambda beta: family(0.5, 0.5, 0.7), "0.3 online, 0.7 mixp: the paper's, Iterative-Prompt"
+        lambda beta: family(0.5, 0.5, 0.7),
+        "0.3 online, 0.7 mixp: the paper's, Iterative-Prompt",
+        choose=WITHIN,
     ),
     "pilaf": Mixture(
         lambda beta: family(beta, beta, 0.5),
         "1/2 online, 1/2 (1+beta)/-beta x (1-beta)/beta: Feng et al., arXiv 2502.04270",
+        choose=WITHIN,
     ),
     "simplemix": Mixture(
         lambda beta: (Pair(0.5, POLICY, POLICY), Pair(0.5, SECOND, SECOND)),
         "half the pairs on-policy, half off-policy (here: from the reference): SIMPLEMIX, arXiv 2505.02363",
+        choose=WITHIN,
     ),
     "xpo": Mixture(
         always(POLICY, SECOND),
@@ -128,4 +134,5 @@ def get_mixture(name: str) -> Mixture:
         raise ValueError(f"sampler {name!r}: expected mix_A_B_P with three numbers") from None
     if not (math.isfinite(a) and math.isfinite(b) and 0 <= p <= 1):
         raise ValueError(f"sampler {name!r}: A and B must be finite and P in [0, 1]")
-    return Mixture(lambda beta: family(a, b, p), f"{p:g} of {1 + a:g}/{-a:g} x {1 - b:g}/{b:g}, else online")
+    about = f"{p:g} of {1 + a:g}/{-a:g} x {1 - b:g}/{b:g}, else online"
+    return Mixture(lambda beta: family(a, b, p), about, choose=WITHIN if 0 < p < 1 else "max_min")

@@ -10,7 +10,7 @@ from scipy import stats
 
 from common.cli import UserError
 from evaluation.run_files import BASE, FIRST, Model, all_models, read_run
-from evaluation.seeds import band, curves, difference, differences, over_seeds, verdict
+from evaluation.seeds import band, check_same_settings, curves, difference, differences, over_seeds, verdict
 
 SAMPLERS = ["online", "mixp"]
 ONLINE, MIXP = Model("online", 2), Model("mixp", 2)
@@ -90,6 +90,18 @@ def test_seeds_with_other_prompts_are_not_compared(run_dir):
     runs = [read_run(run_dir / f"seed_{seed}", MODELS) for seed in (1, 3)]
     with pytest.raises(UserError, match="different prompts"):
         differences(runs, SAMPLERS, 2, seed=0)
+
+
+def test_seeds_that_were_evaluated_in_another_way_are_not_compared(run_dir, runs):
+    folders = [run_dir / f"seed_{seed}" for seed in (1, 2, 3)]
+    check_same_settings(dict(zip(folders, runs, strict=True)))
+    for model in (FIRST, ONLINE, MIXP):
+        write_kl(run_dir / "seed_2", model, [1.0, 2.0], temperature=1.0)
+    changed = {folder: read_run(folder, MODELS) for folder in folders}
+    with pytest.raises(
+        UserError, match="seed_2: made with temperature=1.0, but .*seed_1 with temperature=0.7"
+    ):
+        check_same_settings(changed)
 
 
 def test_the_script_writes_table_figure_and_page(run_dir):

@@ -154,6 +154,10 @@ def annotate(args, jobs: list[Job], models: list[dict]) -> None:
             job.add(batch.indices, scores)
             bar.update(len(job.book.rows) - before)
             job.finish(models)
+        if bar.n < bar.total:
+            raise UserError(
+                "scoring ended before all texts had a score; the same command continues from here"
+            )
 
 
 def stage_settings(args, source: str) -> dict:

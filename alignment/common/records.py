@@ -278,6 +278,8 @@ class Journal:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{self.path}: another process is writing {Path(path).name}") from None
+        except OSError as error:  # a file system without locks
+            raise UserError(f"{self.path}: cannot be locked ({error.strerror})") from None
         self._load(settings)
 
     def _load(self, settings: dict) -> None:
@@ -328,7 +330,7 @@ class Journal:
         if self._file.closed:
             return
         if done or not self.rows:
-            self.path.unlink()
+            self.path.unlink(missing_ok=True)
         self._file.close()
 
 

@@ -27,10 +27,10 @@ NODES=()
 while read -r node; do NODES+=("$node"); done < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 ((${#NODES[@]} > 0)) || die "scontrol names no node of $SLURM_JOB_NODELIST"
 export NUM_MACHINES=${#NODES[@]} MASTER_ADDR=${NODES[0]} GPUS=${GPUS:-${SLURM_GPUS_ON_NODE:-8}}
+[[ $SLURM_JOB_ID =~ ^[1-9][0-9]*$ ]] || die "SLURM_JOB_ID '$SLURM_JOB_ID': not a whole number"
 # Jobs that share a node need ports of their own.
 export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
 RAY_PORT=${RAY_PORT:-$((30000 + SLURM_JOB_ID % 10000))}
-export NUM_ENGINES=${NUM_ENGINES:-$((NUM_MACHINES * GPUS / ${TENSOR_PARALLEL_SIZE:-1}))}
 ON_ONE=(srun --overlap --nodes=1 --ntasks=1 --gpus-per-node="$GPUS")
 
 # Ray reports nothing home, and takes commands only from those who know this job's token.

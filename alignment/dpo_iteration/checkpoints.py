@@ -57,6 +57,8 @@ def open_work(output_dir: str, settings: dict, data_settings: dict, made_from: C
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"{folder}: another process is training here") from None
+    except OSError as error:  # a file system without locks
+        raise UserError(f"{folder}: cannot be locked ({error.strerror})") from None
     if record.exists():
         refuse_other_settings(folder, read_json(record).get("train"), settings)
     else:

@@ -165,6 +165,9 @@ def check(options: DPOOptions, training: DPOTrainingArguments) -> None:
         "--save_steps: must be above 0": training.save_steps <= 0,
         "--save_only_model: a restart would need the optimizer too": training.save_only_model,
         "--lora_r: must be above 0": options.lora_r <= 0,
+        "--save_dtype float32: with --bf16 DeepSpeed's weights are bfloat16 already": (
+            options.save_dtype == "float32" and training.bf16 and training.deepspeed_plugin is not None
+        ),
         "--fp16: is not supported, use --bf16": training.fp16,
         "--resume_from_checkpoint: a run continues by itself": training.resume_from_checkpoint is not None,
     }

@@ -48,9 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
         say(f"{output_dir}: already done")
         return
     if options.choose_type == "implicit_max_min":
-        tokenizer = load_tokenizer(
-            options.model_name_or_path, "--model_name_or_path", options.trust_remote_code
-        )
+        tokenizer, _ = checked_models(options)
         instances = add_implicit_rewards(
             instances, tokenizer, options, training, *precision(options, training)
         )
@@ -84,8 +82,8 @@ def read_data(options) -> tuple[list[dict], dict]:
     return read_records(options.train_dir, needed)
 
 
-def make_rows(options, instances: list[dict], seed: int) -> list[dict]:
-    """Chooses the pairs and tokenizes them; refuses, before a model is loaded, what cannot be trained on."""
+def checked_models(options) -> tuple:
+    """The tokenizer, and how many tokens the models read (None: they do not say); refuses two that do not fit."""
     names = {"--model_name_or_path": options.model_name_or_path, "--ref_model": options.ref_model}
     contexts = [
         context_length(load_config(name, what, options.trust_remote_code)) for what, name in names.items()
@@ -94,6 +92,12 @@ def make_rows(options, instances: list[dict], seed: int) -> list[dict]:
         load_tokenizer(name, what, options.trust_remote_code) for what, name in names.items()
     )
     check_same_vocabulary(tokenizer, reference)
+    return tokenizer, min((c for c in contexts if c), default=None)
+
+
+def make_rows(options, instances: list[dict], seed: int) -> list[dict]:
+    """Chooses the pairs and tokenizes them; refuses, before a model is loaded, what cannot be trained on."""
+    tokenizer, limit = checked_models(options)
     pairs, dropped = choose_all(
         instances, options.train_dir, options.choose_type, seed, options.length_penalty
     )
@@ -110,8 +114,7 @@ def make_rows(options, instances: list[dict], seed: int) -> list[dict]:
     longest = max(
         len(row["prompt_ids"] + max(row["chosen_ids"], row["rejected_ids"], key=len)) for row in rows
     )
-    limit = min((c for c in contexts if c), default=longest)
-    if longest > limit:
+    if limit is not None and longest > limit:
         raise UserError(
             f"--max_length {options.max_length}: a row has {longest} tokens, the models read {limit}"
         )

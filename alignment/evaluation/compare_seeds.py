@@ -44,12 +44,14 @@ def main() -> None:
     from evaluation.figures import save_figure
     from evaluation.report import page
     from evaluation.run_files import all_models, checked_samplers, read_run
-    from evaluation.seeds import table, verdict
+    from evaluation.seeds import check_same_settings, table, verdict
     from evaluation.tables import csv_text, markdown
 
     run_dir, samplers = Path(args.run_dir), checked_samplers(args.samplers)
     models = all_models(samplers, args.iterations)
-    runs = [read_run(run_dir / f"seed_{seed}", models) for seed in dict.fromkeys(args.seeds)]
+    folders = [run_dir / f"seed_{seed}" for seed in dict.fromkeys(args.seeds)]
+    runs = [read_run(folder, models) for folder in folders]
+    check_same_settings(dict(zip(folders, runs, strict=True)))
     rows = table(runs, samplers, args.iterations, args.seed)
     words = verdict(runs, samplers, args.iterations, args.seed)
     results = run_dir / "results"

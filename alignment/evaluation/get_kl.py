@@ -113,8 +113,9 @@ def settings_of(args: argparse.Namespace) -> dict:
         return settings | {"responses_sha256": sha256(args.responses)}
     names = args.dataset_name_or_path
     dataset = {name: sha256(name) if Path(name).is_file() else args.dataset_split for name in names}
-    kept = ("template", "max_prompt_characters", "start", "end", "max_new_tokens", "max_input_length", "seed")
-    return settings | {"dataset": dataset} | {name: getattr(args, name) for name in (*kept, "backend")}
+    kept = ("dataset_key", "template", "max_prompt_characters", "start", "end", "max_new_tokens")
+    kept += ("max_input_length", "seed", "backend")
+    return settings | {"dataset": dataset} | {name: getattr(args, name) for name in kept}
 
 
 def made_from(args: argparse.Namespace) -> dict:

@@ -2,13 +2,14 @@
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
 
 from common.cli import UserError
-from evaluation.run_files import BASE, JUDGES, Model, Run, trajectory
+from evaluation.run_files import BASE, JUDGES, Model, Run, agreed, trajectory
 from evaluation.stats import Estimate, mean_interval, wins
 from evaluation.tables import cell
 
@@ -65,6 +66,12 @@ def stacked(runs: list[Run], judge: str, model: Model) -> np.ndarray | None:
     if any(answers.prompts != found[0].prompts for answers in found):
         raise UserError(f"{model.title}: the seeds were tested on different prompts; they cannot be compared")
     return np.stack([answers.rewards for answers in found])
+
+
+def check_same_settings(runs: dict[Path, Run]) -> None:
+    """Raises `UserError` unless the run folders were evaluated alike, but for their seeds."""
+    for heading in dict.fromkeys(heading for run in runs.values() for heading in run.settings):
+        agreed({path: run.settings.get(heading, {}) for path, run in runs.items()}, ("seed",))
 
 
 def kl_of(runs: list[Run], model: Model) -> np.ndarray | None:

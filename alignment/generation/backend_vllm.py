@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from multiprocessing import connection
 
+from common.cli import UserError
 from common.models import default_device, load_config
 from generation.interface import EngineDied, Request, Response, Sampling
 
@@ -128,7 +129,10 @@ def _watch_engine(core) -> None:
 
 
 def _as_response(output, sampling: Sampling) -> Response:
-    ids = list(output.outputs[0].token_ids)
+    [answer] = output.outputs
+    if answer.finish_reason not in ("stop", "length"):
+        raise UserError(f"vLLM ended response {output.request_id} with {answer.finish_reason!r}")
+    ids = list(answer.token_ids)
     if ids and ids[-1] in sampling.stop_token_ids:
         return Response(output.request_id, ids[:-1], "stop")
     return Response(output.request_id, ids, "length")

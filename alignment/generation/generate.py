@@ -13,9 +13,9 @@ Writes  OUT.json: prompts, responses, which pair of the sampler each came from, 
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 PROJECT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(PROJECT / "alignment"), str(PROJECT)]  # the samplers' table is the bandit's
@@ -165,6 +165,7 @@ def settings_of(
 ) -> dict:
     """Everything that the responses depend on, but for the slice; and the rule that makes pairs of them."""
     kept = (
+        "dataset_key",
         "template",
         "max_prompt_characters",
         "K",
@@ -235,15 +236,23 @@ def missing(todo: list[Slice], books: list[Journal]) -> Iterator[Request]:
             yield request._replace(key=f"{number}/{request.key}")
 
 
-def sample(todo: list[Slice], generator, sampling: Sampling, tokenizer, made_from: dict) -> None:
-    """Samples what the journals lack; writes each response as it finishes, a slice's file with its last one."""
+def sample(
+    todo: list[Slice], start: Callable[[], Any], sampling: Sampling, tokenizer, made_from: dict
+) -> None:
+    """Samples what the journals lack; writes each response as it finishes, a slice's file with its last one.
+
+    Args:
+        start: makes the back end; called only if a response is missing.
+    """
     with contextlib.ExitStack() as stack:
         books = [stack.enter_context(journal(part.output, part.settings)) for part in todo]
         bar = stack.enter_context(progress(sum(part.size for part in todo), sum(len(b.rows) for b in books)))
         for part, book in zip(todo, books, strict=True):
             finish(part, book, made_from)
+        if is_complete(todo, books):
+            return
         tokens = 0
-        for response in generator.generate(missing(todo, books), sampling):
+        for response in start().generate(missing(todo, books), sampling):
             number, key = response.key.split("/")
             part, book = todo[int(number)], books[int(number)]
             text = tokenizer.decode(response.token_ids, skip_special_tokens=True)
@@ -254,6 +263,13 @@ def sample(todo: list[Slice], generator, sampling: Sampling, tokenizer, made_fro
             rate = tokens / max(bar.format_dict["elapsed"], 1e-9)
             bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
             finish(part, book, made_from)
+        if not is_complete(todo, books):
+            raise UserError("the back end ended before all responses were there; the same command continues")
+
+
+def is_complete(todo: list[Slice], books: list[Journal]) -> bool:
+    """Whether no response is missing."""
+    return all(len(book.rows) == part.size for part, book in zip(todo, books, strict=True))
 
 
 def progress(total: int, done: int):
@@ -288,10 +304,9 @@ def main() -> None:
     if not todo:
         return
     sampling = Sampling(args.temperature, args.max_new_tokens, stop_token_ids(tokenizer, policy or reference))
-    generator = make_generator(args, policy, reference)
     inputs = model_inputs({"policy": policy, "reference": reference}) + data_inputs(args.dataset_name_or_path)
     made_from = provenance(["vllm"] if args.backend == "vllm" else [], inputs)
-    sample(todo, generator, sampling, tokenizer, made_from)
+    sample(todo, lambda: make_generator(args, policy, reference), sampling, tokenizer, made_from)
 
 
 if __name__ == "__main__":

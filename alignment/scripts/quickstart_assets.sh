@@ -6,12 +6,12 @@ set -euo pipefail
 RECIPE=quickstart
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 
-run "unpack policy and prompts" "$(python_of rlhflow)" "$ALIGNMENT/scripts/quickstart_assets.py" --output_dir "$ASSETS"
-run "human labels" "$(python_of rlhflow)" "$ALIGNMENT/reward_model/human_labels.py" --output_dir "$ASSETS"
+run "unpack policy and prompts" "$RLHFLOW_PYTHON" "$ALIGNMENT/scripts/quickstart_assets.py" --output_dir "$ASSETS"
+run "human labels" "$RLHFLOW_PYTHON" "$ALIGNMENT/reward_model/human_labels.py" --output_dir "$ASSETS"
 
 # The judge learns from other prompts, in another order, than the reward model that training sees.
 train_reward_model() {
-    run "train $1" "$(python_of rlhflow)" "$ALIGNMENT/reward_model/train_reward_model.py" \
+    run "train $1" "$RLHFLOW_PYTHON" "$ALIGNMENT/reward_model/train_reward_model.py" \
         --model_name_or_path "$ASSETS/encoder" --train_file "$ASSETS/$2" --output_dir "$1" \
         --trainable_layers 2 --max_steps 60 --seed "$3"
 }

@@ -13,6 +13,12 @@ default() { [[ -v $1 ]] || printf -v "$1" '%s' "$2"; }
 
 has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/null | grep -q GPU; }
 
+# How many GPUs a process may use; MIG parts are not counted.
+visible_gpus() {
+    if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .; return; fi
+    nvidia-smi --list-gpus | grep -c '^GPU '
+}
+
 # Names become parts of paths, so they must not be able to leave the run folder.
 check_name() { [[ $1 =~ ^[A-Za-z0-9][A-Za-z0-9_+.-]*$ ]] || die "$2 '$1': only letters, digits and _ + . - are allowed"; }
 
@@ -37,6 +43,7 @@ load_recipe() {
     [[ $SEEDS =~ ^([0-9]{1,9}\ *)+$ ]] || die "SEEDS '$SEEDS': not whole numbers with spaces between them"
     check_whole SEED GLOBAL_BATCH PER_DEVICE_BATCH NUM_MACHINES MACHINE_RANK TEST_START KL_PROMPTS TENSOR_PARALLEL_SIZE
     ((TENSOR_PARALLEL_SIZE > 0)) || die "TENSOR_PARALLEL_SIZE 0: not a whole number above 0"
+    ((PER_DEVICE_BATCH > 0)) || die "PER_DEVICE_BATCH 0: not a whole number above 0"
     [[ -z $NUM_ENGINES || $NUM_ENGINES == all ]] || check_whole NUM_ENGINES
     ((MACHINE_RANK < NUM_MACHINES)) || die "MACHINE_RANK $MACHINE_RANK: with NUM_MACHINES $NUM_MACHINES it is below that"
 }
@@ -44,7 +51,7 @@ load_recipe() {
 # A run on the wrong machine ends here, with what to do instead.
 check_machine() {
     if has_gpu; then
-        default GPUS "$(nvidia-smi --list-gpus | wc -l)"
+        default GPUS "$(visible_gpus)"
     elif [[ -n ${DRY_RUN:-} ]]; then
         default GPUS "$([[ $NEEDS_GPU == 1 ]] && echo 8 || echo 0)"
     elif [[ $NEEDS_GPU == 1 ]]; then
@@ -95,7 +102,17 @@ stopped() {
     exit 130
 }
 
+# Evaluation and studies are no work for several machines.
+one_machine() { ((NUM_MACHINES == 1)) || die "runs on one machine: NUM_MACHINES is $NUM_MACHINES"; }
+
 load_recipe
 check_machine
+# Not inside of a command: there its failure would not end the driver.
+# shellcheck disable=SC2034  # used by the stages
+VLLM_PYTHON=$(python_of vllm)
+# shellcheck disable=SC2034
+RLHFLOW_PYTHON=$(python_of rlhflow)
+# shellcheck disable=SC2034
+REWARDFLOW_PYTHON=$(python_of rewardflow)
 if [[ -z ${DRY_RUN:-} ]]; then lock_run; fi
 trap stopped INT TERM

@@ -27,10 +27,11 @@ scale_flags() {
     if [[ $count == all ]] || ((count > 1)); then SCALE_FLAGS=(--num_engines "$count"); fi
 }
 
-# A sampler is a row of bandit/mixtures.py, unless the recipe or the caller gives it pairs of its own.
+# Sampler $2 in iteration $1: a row of bandit/mixtures.py, unless recipe or caller give it pairs of its own. Iteration 1
+# is on-policy, whatever a caller calls `online`.
 sampler_flags() {
-    local pairs=PAIRS_${1//[^A-Za-z0-9_]/_}
-    if [[ -n ${!pairs:-} ]]; then SAMPLER_FLAGS=(--pairs "${!pairs}"); else SAMPLER_FLAGS=(--sampler "$1"); fi
+    local pairs=PAIRS_${2//[^A-Za-z0-9_]/_}
+    if (($1 > 1)) && [[ -n ${!pairs:-} ]]; then SAMPLER_FLAGS=(--pairs "${!pairs}"); else SAMPLER_FLAGS=(--sampler "$2"); fi
     if [[ -n $K ]]; then SAMPLER_FLAGS+=(--K "$K"); fi
 }
 
@@ -38,8 +39,8 @@ sampler_flags() {
 generate() {
     local n=$1 sampler=$2
     local before=$((n > 1 ? n - 2 : 0))
-    prompt_flags; engine_flags; scale_flags "$TENSOR_PARALLEL_SIZE"; sampler_flags "$sampler"
-    run "generate iter$n $sampler" "$(python_of vllm)" "$ALIGNMENT/generation/generate.py" \
+    prompt_flags; engine_flags; scale_flags "$TENSOR_PARALLEL_SIZE"; sampler_flags "$n" "$sampler"
+    run "generate iter$n $sampler" "$VLLM_PYTHON" "$ALIGNMENT/generation/generate.py" \
         --model_name_or_path "$(model_of $((n - 1)) "$sampler")" --ref_model_name_or_path "$BASE_MODEL" \
         --previous_model_name_or_path "$(model_of "$before" "$sampler")" \
         "${PROMPT_FLAGS[@]}" --start "$TRAIN_START" --end "$TRAIN_END" "${SAMPLER_FLAGS[@]}" --beta "$BETA" \
@@ -49,7 +50,7 @@ generate() {
 
 annotate() {
     scale_flags 1
-    run "annotate iter$1 $2" "$(python_of rewardflow)" "$ALIGNMENT/annotate_data/get_rewards.py" \
+    run "annotate iter$1 $2" "$REWARDFLOW_PYTHON" "$ALIGNMENT/annotate_data/get_rewards.py" \
         --dataset_name_or_path "$(gen_data "$1" "$2")" --reward_name_or_path "$REWARD_MODEL" \
         --reward_template "$REWARD_TEMPLATE" "${SCALE_FLAGS[@]}" --output_file "$(rewarded_data "$1" "$2")"
 }
@@ -63,7 +64,7 @@ wait_for() {
 
 # One process on a machine without a GPU; `accelerate launch` over all of them otherwise.
 launcher() {
-    LAUNCHER=("$(python_of rlhflow)")
+    LAUNCHER=("$RLHFLOW_PYTHON")
     PROCESSES=1
     if ((GPUS > 0)); then
         PROCESSES=$((GPUS * NUM_MACHINES))
@@ -99,7 +100,7 @@ train() {
 # Responses of the model $1 $2 (iteration, label) to the test prompts and to the train prompts, with one engine start.
 generate_for_evaluation() {
     prompt_flags; engine_flags; scale_flags "$TENSOR_PARALLEL_SIZE"
-    run "evaluate: generate $2 iter$1" "$(python_of vllm)" "$ALIGNMENT/generation/generate.py" \
+    run "evaluate: generate $2 iter$1" "$VLLM_PYTHON" "$ALIGNMENT/generation/generate.py" \
         --model_name_or_path "$(model_of "$1" "$2")" "${PROMPT_FLAGS[@]}" --sampler online \
         --start "$TEST_START" "$TRAIN_START" --end "$TEST_END" "$EVAL_TRAIN_END" \
         --K "$EVAL_K" --temperature "$EVAL_TEMPERATURE" "${ENGINE_FLAGS[@]}" "${SCALE_FLAGS[@]}" --seed $((SEED * 1000)) \
@@ -117,7 +118,7 @@ annotate_for_evaluation() {
         done
     done < <(all_models)
     scale_flags 1
-    run "evaluate: annotate with $(basename "$1")" "$(python_of rewardflow)" "$ALIGNMENT/annotate_data/get_rewards.py" \
+    run "evaluate: annotate with $(basename "$1")" "$REWARDFLOW_PYTHON" "$ALIGNMENT/annotate_data/get_rewards.py" \
         --dataset_name_or_path "${inputs[@]}" --reward_name_or_path "$1" --reward_template "$2" \
         "${SCALE_FLAGS[@]}" --output_file "${outputs[@]}"
 }
@@ -125,7 +126,7 @@ annotate_for_evaluation() {
 # KL from the base model of the model $1 $2 (iteration, label), on held-out prompts.
 measure_kl() {
     prompt_flags; engine_flags
-    run "KL $2 iter$1" "$(python_of vllm)" "$ALIGNMENT/evaluation/get_kl.py" \
+    run "KL $2 iter$1" "$VLLM_PYTHON" "$ALIGNMENT/evaluation/get_kl.py" \
         --model_name_or_path "$(model_of "$1" "$2")" --ref_model_name_or_path "$BASE_MODEL" "${PROMPT_FLAGS[@]}" \
         --start "$TEST_START" --end $((TEST_START + KL_PROMPTS)) --temperature "$KL_TEMPERATURE" \
         "${ENGINE_FLAGS[@]}" --seed $((SEED * 1000)) \
@@ -136,6 +137,6 @@ measure_kl() {
 summarize() {
     local samplers
     read -ra samplers <<<"$SAMPLERS"
-    run summarize "$(python_of rewardflow)" "$ALIGNMENT/evaluation/summarize.py" \
+    run summarize "$REWARDFLOW_PYTHON" "$ALIGNMENT/evaluation/summarize.py" \
         --run_dir "$RUN_DIR" --samplers "${samplers[@]}" --iterations "$ITERS"
 }
