@@ -88,9 +88,11 @@ def test_journal_of_other_settings_is_refused(tmp_path):
 
 def test_journal_without_rows_takes_other_settings(tmp_path):
     """A stage that failed before its first row can be started again with what was wrong put right."""
-    Journal(tmp_path / "out.json", {"seed": 1}).close(done=False)
-    Journal(tmp_path / "out.json", {"seed": 2}).close(done=False)
+    journal_path(tmp_path / "out.json").write_text('{"seed": 1}\n')
+    again = Journal(tmp_path / "out.json", {"seed": 2})
     assert journal_path(tmp_path / "out.json").read_text() == '{"seed": 2}\n'
+    again.close(done=False)
+    assert not journal_path(tmp_path / "out.json").exists()  # nothing to continue from
 
 
 def test_second_writer_is_refused(tmp_path):
