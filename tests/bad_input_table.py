@@ -88,6 +88,8 @@ GENERATE = {
     "K is 0": ("--K 0", ["--K", "'0' is not a whole number above 0"]),
     "temperature below 0": ("--temperature -1", ["--temperature", "'-1' is not a number, 0 or more"]),
     "temperature not a number": ("--temperature nan", ["--temperature", "'nan' is not a number, 0 or more"]),
+    "no engine": ("--num_engines 0", ["--num_engines", "'0' is not a whole number above 0, or 'all'"]),
+    "engines in words": ("--num_engines two", ["--num_engines", "'two' is not a whole number above 0, or"]),
     "seed below 0": ("--seed -3", ["--seed", "'-3'"]),
     "unknown sampler": ("--sampler best", ["unknown sampler 'best'; known: offline"]),
     "pairs not JSON": ("--pairs [[", ["--pairs '[[': not of the form"]),

@@ -184,6 +184,49 @@ def test_fewer_gpus_keep_the_global_batch_and_machines_are_counted():
     assert flag(train, "--machine_rank") == "1" and flag(train, "--main_process_ip") == "head"
 
 
+@pytest.mark.parametrize(
+    ("environment", "generation", "annotation"),
+    [
+        ({"GPUS": "8"}, "8", "8"),
+        ({"GPUS": "8", "TENSOR_PARALLEL_SIZE": "4"}, "2", "8"),
+        ({"GPUS": "2", "TENSOR_PARALLEL_SIZE": "2"}, None, "2"),
+        ({"GPUS": "1"}, None, None),
+        ({"GPUS": "8", "RAY_ADDRESS": "head:6379"}, "all", "all"),
+        ({"GPUS": "8", "RAY_ADDRESS": "head:6379", "NUM_ENGINES": "5"}, "5", "5"),
+        ({"GPUS": "8", "NUM_ENGINES": "1"}, None, None),
+        ({"RECIPE": "quickstart"}, None, None),
+    ],
+)
+def test_every_gpu_has_an_engine_and_one_engine_needs_no_ray(environment, generation, annotation):
+    for driver, stages in {
+        "sample_train_safe_rlhf.sh": ("generate iter1 online", "annotate iter1 online"),
+        "sample_eval_safe_rlhf.sh": ("evaluate: generate base iter0", "evaluate: annotate with "),
+    }.items():
+        commands = plan(driver, **environment)
+        for stage, count in zip(stages, (generation, annotation), strict=True):
+            words = next(words for name, words in commands if name.startswith(stage))
+            assert (flag(words, "--num_engines") if "--num_engines" in words else None) == count
+            if "generate" in stage:
+                size = flag(words, "--tensor_parallel_size")
+                assert size == environment.get("TENSOR_PARALLEL_SIZE", "1")
+
+
+def test_the_first_of_several_machines_makes_the_data():
+    several = {
+        "GPUS": "8",
+        "NUM_MACHINES": "2",
+        "MASTER_ADDR": "head",
+        "RUN_DIR": "/run",
+        "GLOBAL_BATCH": "16",
+    }
+    first, second = (plan("sample_train_safe_rlhf.sh", MACHINE_RANK=rank, **several) for rank in "01")
+    assert [stage for stage, _ in second if stage != "wait"] == [
+        stage for stage, _ in first if stage.startswith("train")
+    ]
+    made = [flag(words, "--output_file") for stage, words in first if stage.startswith("annotate")]
+    assert [words[0] for stage, words in second if stage == "wait"] == made
+
+
 def refused(driver: str, **environment) -> str:
     result = bash(f"alignment/{driver}", **environment)
     assert result.returncode == 2
@@ -214,6 +257,8 @@ def test_without_a_gpu_a_driver_says_what_to_do(driver, tmp_path):
         ({"ITERS": "0"}, "ITERS '0'"),
         ({"ITERS": "two"}, "ITERS 'two'"),
         ({"GPUS": "3"}, "GLOBAL_BATCH 16 is not a multiple"),
+        ({"NUM_ENGINES": "some"}, "NUM_ENGINES 'some'"),
+        ({"TENSOR_PARALLEL_SIZE": "0"}, "TENSOR_PARALLEL_SIZE 0"),
     ],
 )
 def test_wrong_constants(environment, part):

@@ -246,7 +246,7 @@ def test_killed_while_scoring_continues_to_the_same_result(tmp_path, monkeypatch
     with pytest.raises(SystemExit):
         call(monkeypatch, words)
     monkeypatch.setattr("evaluation.kl.score_sequences", real)
-    monkeypatch.setattr(get_kl, "make_generator", None)  # nothing is sampled twice
+    monkeypatch.setattr(get_kl, "load_generator", None)  # nothing is sampled twice
     call(monkeypatch, words)
     assert (tmp_path / "kl.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
 

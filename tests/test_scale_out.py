@@ -220,9 +220,11 @@ def test_stopped_and_killed_with_two_engines_continued_with_one(place, whole, tm
         assert wait_until(lambda had=had: len(rows_of(output)) >= had + 8, process), log.read_text()
         started = psutil.Process(process.pid).children(recursive=True)
         assert len(started) >= 4  # Ray's own and two engines
+        names = {child: child.name() for child in started}
         process.send_signal(number)
         assert process.wait(timeout=60) == code, log.read_text()
-        left = psutil.wait_procs(started, timeout=60)[1]
+        # Ray's two agents, which hold nothing, try to report its end for a minute.
+        left = psutil.wait_procs([child for child in started if "Agent" not in names[child]], timeout=60)[1]
         assert not left
         assert "Traceback" not in log.read_text()
         assert ("stopped; the same command continues from here" in log.read_text()) == (code == 130)

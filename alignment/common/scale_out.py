@@ -226,6 +226,8 @@ def answers(
     Raises:
         UserError: from an engine or its making; or the engines are lost and cannot be started again.
     """
+    if not work:
+        return
     import ray
 
     seen = set()
@@ -268,7 +270,7 @@ def _replies(make_engine: Callable, work: list, engines: Engines, calls: int) ->
         _Actor,
         fn_constructor_args=(make_engine,),
         compute=pool,
-        num_cpus=engines.cpus,
+        num_cpus=None if engines.gpus else engines.cpus,  # with GPUs one CPU is meant
         num_gpus=engines.gpus or None,
     )
     for table in dataset.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):

@@ -38,7 +38,7 @@ from common.models import (
 )
 from common.provenance import data_inputs, model_inputs, provenance
 from common.records import Journal, is_done, journal, read_records, sha256, write_json
-from generation.backends import make_generator
+from generation.backends import load_generator
 from generation.interface import Sampling
 from generation.plan import Plan, requests
 from generation.prompts import TEMPLATES, load_prompts
@@ -161,7 +161,7 @@ def sample(args: argparse.Namespace, prompts: list, book: Journal, tokenizer) ->
     plan = Plan(prompts, args.start, POLICY_ALONE, 1, args.seed)
     wanted = list(requests(plan, book.rows))
     if wanted:
-        generator = make_generator(args, args.model_name_or_path, None)
+        generator = load_generator(args, args.model_name_or_path, None)
         stop_ids = stop_token_ids(tokenizer, args.model_name_or_path)
         sampling = Sampling(args.temperature, args.max_new_tokens, stop_ids)
         for response in tqdm(generator.generate(wanted, sampling), "sampling", len(wanted), file=sys.stdout):

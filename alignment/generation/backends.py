@@ -13,18 +13,19 @@ from generation.interface import EngineDied, Request, Response, Sampling
 
 
 def make_generator(args: argparse.Namespace, policy: str | None, reference: str | None):
-    """The back end of the command line with its models loaded; with `--num_engines` above 1, several of it.
+    """The generator of the command line: one in this process, or with `--num_engines` several that look like one."""
+    if args.num_engines == 1:
+        return load_generator(args, policy, reference)
+    return ManyEngines(args, policy, reference)
+
+
+def load_generator(args: argparse.Namespace, policy: str | None, reference: str | None):
+    """The back end of the command line with its models loaded.
 
     Args:
         args: flags of the script.
         policy, reference: model folders or names; None for one that no request needs.
     """
-    if getattr(args, "num_engines", 1) != 1:
-        return ManyEngines(args, policy, reference)
-    return _load(args, policy, reference)
-
-
-def _load(args: argparse.Namespace, policy: str | None, reference: str | None):
     shared = {
         "dtype": args.dtype,
         "max_num_seqs": args.max_num_seqs,
@@ -51,16 +52,17 @@ class ManyEngines:
 
     def __init__(self, args: argparse.Namespace, policy: str | None, reference: str | None) -> None:
         self.making = args, policy, reference
-        self.engines = scale_out.start(args.num_engines, args.tensor_parallel_size)
-        # Eight small calls at a time fill the continuous batch of vLLM and its queue: as one ends, the next begins.
-        self.calls, self.largest = (
-            (8, max(1, args.max_num_seqs // 2)) if args.backend == "vllm" else (1, args.max_num_seqs)
-        )
+        if args.backend == "vllm":
+            # Eight calls at a time fill the continuous batch and its queue: as one call ends, the next one begins.
+            gpus, self.calls, self.largest = args.tensor_parallel_size, 8, max(1, args.max_num_seqs // 2)
+        else:
+            gpus, self.calls, self.largest = 1, 1, args.max_num_seqs
+        self.engines = scale_out.start(args.num_engines, gpus)
 
     def generate(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Response]:
         """Yields responses as calls finish, in no particular order."""
         requests = list(requests)
-        size = min(self.largest, -(-len(requests) // self.engines.count))
+        size = max(1, min(self.largest, -(-len(requests) // self.engines.count)))
         work = [requests[i : i + size] for i in range(0, len(requests), size)]
         engine = functools.partial(Engine, *self.making, sampling)
         for _, responses in scale_out.answers(engine, work, self.engines, self.calls):
@@ -73,7 +75,7 @@ class Engine:
     def __init__(
         self, args: argparse.Namespace, policy: str | None, reference: str | None, sampling: Sampling
     ) -> None:
-        self.generator = _load(args, policy, reference)
+        self.generator = load_generator(args, policy, reference)
         self.sampling = sampling
         self.calls: queue.SimpleQueue[list[Request]] = queue.SimpleQueue()
         self.promised: dict[str, Future] = {}
