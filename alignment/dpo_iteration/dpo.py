@@ -118,7 +118,7 @@ class DPOTrainer(Trainer):
 
     Args:
         beta, loss_type: see `preference_loss`.
-        share: whether prefixes are shared (prefixes.py), as far as the first two pairs bear it out.
+        share: whether prefixes are shared (prefixes.py), as far as the first pair bears it out.
         options: as for `Trainer`; `model` comes from `as_scorer`, batches from `rows.collate`.
     """
 
@@ -134,7 +134,7 @@ class DPOTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean loss of a batch; chosen and rejected responses share one forward pass."""
         if self.share is None:
-            first = self._prepare_inputs(self.data_collator(self.train_dataset[:2]))
+            first = self._prepare_inputs(self.data_collator(self.train_dataset[:1]))
             self.share = forms_agree(model, first, self.args.bf16)
         sequences = {name: inputs[name] for name in SEQUENCES}
         chosen, rejected = model(**sequences, share=self.share).chunk(2)

@@ -4,6 +4,7 @@ They never change, so while the policy trains there is no reference model in mem
 Every process loads the whole model for this pass (7B parameters: 14 GB in bf16) and takes its share of the rows.
 """
 
+import ctypes
 import gc
 import hashlib
 import json
@@ -112,7 +113,7 @@ def compute(rows: list[dict], name: str, options, training, dtype: str, autocast
     shares = training.share_prefixes and may_share(model)
     if shares:
         with _precision(training.device, autocast):
-            shares = forms_agree(model, _on(training.device, rows[:2]), training.bf16)
+            shares = forms_agree(model, _on(training.device, rows[:1]), training.bf16)
     found = []
     quiet = training.disable_tqdm or not training.should_log
     for batch in tqdm(batches, desc="log-probabilities", disable=quiet, mininterval=5):
@@ -121,11 +122,19 @@ def compute(rows: list[dict], name: str, options, training, dtype: str, autocast
             chosen, rejected = model(**sequences, share=shares).chunk(2)
         found += zip(batch, chosen.tolist(), rejected.tolist(), strict=True)
     del model
+    give_memory_back()
+    by_row = {index: [chosen, rejected] for index, chosen, rejected in gather(found)}
+    return [by_row[i] for i in range(len(rows))]
+
+
+def give_memory_back() -> None:
+    """Returns to the system, or to the GPU, what freed tensors have held."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    by_row = {index: [chosen, rejected] for index, chosen, rejected in gather(found)}
-    return [by_row[i] for i in range(len(rows))]
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):  # glibc: weights are read by several threads, whose heaps it keeps
+        libc.malloc_trim(0)
 
 
 def _on(device, rows: list[dict]) -> dict[str, torch.Tensor]:

@@ -4,29 +4,43 @@ import inspect
 from types import MethodType
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from common.cli import UserError, first_line
 from dpo_iteration.distributed import say
 from dpo_iteration.prefixes import SHARED, find_prefixes, refusal, sharing
 
-CHUNK_BYTES = 2**27  # of float32 logits alive at a time
+CHUNK_BYTES = 2**25  # of float32 copies of the logits that are alive at a time
 SEQUENCES = ("input_ids", "attention_mask", "response_mask")  # what the model reads of a batch
+
+
+class _TokenLogps(torch.autograd.Function):
+    """The gradient is written down: autograd's would pass over the logits' memory twice as often."""
+
+    @staticmethod
+    def forward(ctx, logits, labels, rows):
+        normalizers = torch.cat([part.float().logsumexp(-1) for part in logits.split(rows)])
+        ctx.save_for_backward(logits, labels, normalizers)
+        ctx.rows = rows
+        return logits.gather(-1, labels[:, None]).squeeze(-1).float() - normalizers
+
+    @staticmethod
+    def backward(ctx, grad):
+        """d log p(label) / d logits = [label] - p."""
+        logits, labels, normalizers = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        parts = zip(*(x.split(ctx.rows) for x in (gradient, logits, labels, normalizers, grad)), strict=True)
+        for out, part, label, normalizer, g in parts:
+            chunk = (part.float() - normalizer[:, None]).exp_().mul_(-g[:, None])
+            out.copy_(chunk.scatter_add_(-1, label[:, None], g[:, None]))
+        return gradient, None, None
 
 
 def token_logps(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """log softmax(logits)[labels] in float32: logits [N, V] of any float type, labels [N] -> [N].
 
-    Only `CHUNK_BYTES` of float32 logits exist at a time, in the backward pass too (each chunk is computed again).
+    Only `CHUNK_BYTES` of float32 copies of the logits exist at a time, in the backward pass too.
     """
-
-    def chunk_logps(part, label):
-        part = part.float()
-        return part.gather(-1, label[:, None]).squeeze(-1) - part.logsumexp(-1)
-
-    rows = max(1, CHUNK_BYTES // (4 * logits.shape[-1]))
-    chunks = zip(logits.split(rows), labels.split(rows), strict=True)
-    return torch.cat([checkpoint(chunk_logps, part, label, use_reentrant=False) for part, label in chunks])
+    return _TokenLogps.apply(logits, labels, max(1, CHUNK_BYTES // (4 * logits.shape[-1])))
 
 
 def _padded(forward, input_ids, attention_mask, response_mask) -> torch.Tensor:
