@@ -338,6 +338,7 @@ def main() -> None:
             rows = read_rows(args.model, args.pairs, args.number)
             print(json.dumps(two_epochs(args.side, args.model, rows, folder)))
             return
+        print("## Training\n")
         print("| case | baseline | ours | ratio | to reach | limit | bound by |\n" + "|---" * 7 + "|")
         step_lines(args, folder)
     epoch_lines(args)

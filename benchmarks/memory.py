@@ -1,0 +1,111 @@
+"""Peak memory of generation and annotation as the number of prompts grows: the real scripts, tiny models.
+
+Reads   the quickstart's prompts (alignment/assets), repeated as often as needed. Writes nothing that stays; prints a
+        Markdown table.
+
+The tiny policy's keys and values are wide, so that 1,000 prompts already fill vLLM's cache (1 GiB): the cache is
+touched page by page, and what it takes is not growth.
+
+    python benchmarks/memory.py
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.harness import ASSETS, PROJECT, Row, peak_memory, report
+
+MIB = 2**20
+ALLOWED = 1.2
+WORDS = """
+Peak memory of the real scripts as processes of their own, two responses of at most 16 tokens a prompt, tiny random
+models; baseline: {} prompts, ours: {} prompts. vLLM's cache (1 GiB) is full in both.
+"""
+MODELS = """
+import sys
+from tiny import save_tiny_policy, save_tiny_reward_model
+wide = {"hidden": 128, "heads": 2, "layers": 8, "context": 256, "sharpness": 6.0}
+save_tiny_policy(sys.argv[1] + "/policy", 0, **wide)
+save_tiny_policy(sys.argv[1] + "/reference", 1, **wide)
+save_tiny_reward_model(sys.argv[1] + "/reward", 2, context=256)
+"""
+
+
+def make_models(folder: Path) -> None:
+    """Policy, reference and reward model of random weights, by a process of its own: this one has to stay small."""
+    command = [sys.executable, "-c", MODELS, str(folder)]
+    subprocess.run(command, cwd=PROJECT / "tests", check=True, capture_output=True)
+
+
+def write_prompts(path: Path, count: int) -> None:
+    """The first `count` of the real prompts, repeated without end."""
+    lines = [line for line in (ASSETS / "prompts.jsonl").read_text().splitlines() if len(line) < 120]
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(f"{lines[i % len(lines)]}\n" for i in range(count))
+
+
+def generate(folder: Path, count: int, backend: str) -> int:
+    """Peak memory of generate.py, bytes."""
+    flags = {
+        "model_name_or_path": folder / "policy",
+        "ref_model_name_or_path": folder / "reference",
+        "dataset_name_or_path": folder / f"prompts_{count}.jsonl",
+        "sampler": "mixp",
+        "max_new_tokens": 16,
+        "max_num_seqs": 128,
+        "backend": backend,
+        "output_file": folder / f"{backend}_{count}.json",
+    }
+    return peak_memory(command("generation/generate.py", flags))
+
+
+def annotate(folder: Path, count: int) -> int:
+    """Peak memory of get_rewards.py on the responses that the vLLM back end made, bytes."""
+    flags = {
+        "dataset_name_or_path": folder / f"vllm_{count}.json",
+        "reward_name_or_path": folder / "reward",
+        "output_file": folder / f"rewards_{count}.json",
+    }
+    return peak_memory(command("annotate_data/get_rewards.py", flags))
+
+
+def command(script: str, flags: dict) -> list[str]:
+    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    return [sys.executable, str(PROJECT / "alignment" / script), *words]
+
+
+def row(case: str, few: int, many: int, counts: list[int]) -> Row:
+    """How one script's peak grew from the smaller to the larger number of prompts."""
+    each = (many - few) / (counts[1] - counts[0]) / 1024
+    figures = f"{few / MIB:.0f} MiB", f"{many / MIB:.0f} MiB", f"{many / few:.3f}"
+    return Row(case, *figures, f"<= {ALLOWED}", "1", f"the libraries; {each:.1f} KiB a further prompt")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--prompts", type=int, nargs=2, default=[1000, 10000], help="few and many (default 1000 10000)"
+    )
+    counts = parser.parse_args().prompts
+    cases = {
+        "generate, vLLM": lambda folder, count: generate(folder, count, "vllm"),
+        "generate, transformers": lambda folder, count: generate(folder, count, "hf"),
+        "annotate": annotate,
+    }
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_models(folder)
+        for count in counts:
+            write_prompts(folder / f"prompts_{count}.jsonl", count)
+        rows = [row(case, *(peak(folder, count) for count in counts), counts) for case, peak in cases.items()]
+    report("Memory", WORDS.format(*counts), rows)
+
+
+if __name__ == "__main__":
+    main()

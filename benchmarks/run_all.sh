@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Every benchmark in turn, about 20 minutes on 2 quiet cores; the tables go to benchmarks/results/<machine>.md.
+#   bash benchmarks/run_all.sh
+#   bash benchmarks/run_all.sh annotation kl          only these
+# It needs the quickstart's models: `bash quickstart.sh` or `bash alignment/scripts/quickstart_assets.sh` makes them.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+die() { echo "run_all.sh: error: $*" >&2; exit 2; }
+
+PYTHON=$PWD/.venv/bin/python
+[[ -x $PYTHON ]] || die "no environment: run 'bash setup.sh cpu' first"
+[[ -d alignment/assets/judge ]] || die "no models: run 'bash alignment/scripts/quickstart_assets.sh' first"
+STAGES=("$@")
+if ((${#STAGES[@]} == 0)); then STAGES=(generation annotation training kl bandit memory); fi
+for stage in "${STAGES[@]}"; do [[ -f benchmarks/$stage.py ]] || die "no benchmark '$stage'"; done
+
+RESULTS=benchmarks/results/$("$PYTHON" benchmarks/machine.py --name).md
+mkdir -p benchmarks/results
+"$PYTHON" benchmarks/machine.py >"$RESULTS.tmp"
+for stage in "${STAGES[@]}"; do
+    echo "run_all.sh: $stage" >&2
+    "$PYTHON" "benchmarks/$stage.py" >>"$RESULTS.tmp" || die "$stage failed; what was measured is in $RESULTS.tmp"
+    echo >>"$RESULTS.tmp"
+done
+mv "$RESULTS.tmp" "$RESULTS"
+echo "run_all.sh: $RESULTS"
