@@ -1,8 +1,8 @@
 """Milliseconds an update: a straightforward autograd implementation beside the simulator, in one run.
 
 Reads and writes nothing; prints a Markdown table. Both sides use one thread, take turns, and report the fastest
-turn's processor time, so that other work on the machine counts little. The baseline (torch, float32, as a reader of the
-paper would write it) makes the |Y| x |Y| loss, backward, SGD, and records nothing; ours (float64) records all four
+turn's processor time, so that other work on the machine counts little. The baseline (torch, float32, as a reader of
+the paper would write it) makes the |Y| x |Y| loss, backward, SGD, and records nothing; ours (float64) records all four
 metrics of every update.
 
     OMP_NUM_THREADS=1 python benchmarks/bandit.py
@@ -144,7 +144,8 @@ def words(turns: int) -> str:
     return (
         f"Processor time an update on one thread, the fastest of {turns} turns; autograd in float32 beside ours in "
         "float64 with all metrics. Case: mode, environments x arms, sampler. One pass over a 1000 x 1000 float64 "
-        f"matrix (read, write) takes {floor:.4f} ms. Small cases are bound by the calls of numpy, 100 x 20 by tanh, 1000 by memory."
+        f"matrix (read, write) takes {floor:.4f} ms. "
+        "Small cases are bound by the calls of numpy, 100 x 20 by tanh, 1000 by memory."
     )
 
 
