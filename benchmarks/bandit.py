@@ -2,8 +2,8 @@
 
 Reads and writes nothing; prints a Markdown table. Both sides use one thread, take turns, and report the fastest
 turn's processor time, so that other work on the machine counts little. The baseline (torch, float32, as a reader of
-the paper would write it) makes the |Y| x |Y| loss, backward, SGD, and records nothing; ours (float64) records all four
-metrics of every update.
+the paper would write it) makes the |Y| x |Y| loss, backward, SGD, and records nothing; ours (float64) records all
+four metrics of every update.
 
     OMP_NUM_THREADS=1 python benchmarks/bandit.py
 """

@@ -60,8 +60,8 @@ def index():
 
 
 def pins(lines: list[str]) -> dict[str, str]:
-    """{package: version} of exact pins."""
-    found = [line.split("==") for line in lines]
+    """{package: version} of exact pins, without the packages' extras."""
+    found = [re.sub(r"\[.*\]", "", line).split("==") for line in lines]
     return {re.sub("[-_.]+", "-", name).lower(): version for name, version in found}
 
 
@@ -84,7 +84,7 @@ def test_setup_reads_what_conda_reads(file):
     dependencies = yaml.safe_load(file.read_text())["dependencies"]
     [pip] = [entry["pip"] for entry in dependencies if isinstance(entry, dict)]
     assert pip_section(file) == pip and len(pip) > 3
-    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line) for line in pip)
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+(\[[a-z]+\])?==[A-Za-z0-9.]+", line) for line in pip)
     assert {"python=3.11", "pip"} <= {entry for entry in dependencies if isinstance(entry, str)}
 
 

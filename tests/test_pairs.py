@@ -56,6 +56,16 @@ def test_implicit_rewards_choose_and_rewards_label():
             assert {pair.chosen, pair.rejected} == {1, 2} and rewards[pair.chosen] > rewards[pair.rejected]
 
 
+def test_equal_implicit_rewards_choose_any_two():
+    """While the policy is the reference all are 0: the choice is then a random pair, not none."""
+    rewards = (0.1, 0.4, 0.2, 0.3)
+    seen = Counter(
+        pick("implicit_max_min", rewards, seed, implicit_rewards=[0.0] * 4)[0][:2] for seed in range(600)
+    )
+    assert set(seen) == {(i, j) for i, j in itertools.permutations(range(4), 2) if rewards[i] > rewards[j]}
+    assert all(60 < count < 140 for count in seen.values())
+
+
 def test_max_random_chooses_the_best():
     for rewards, seed in itertools.product(PATTERNS, range(3)):
         pair, _ = pick("max_random", rewards, seed)

@@ -46,6 +46,15 @@ def max_min(scores, components, rng) -> Indices:
     return _best(scores, range(len(scores))), _worst(scores, range(len(scores)))
 
 
+def any_max_min(scores, components, rng) -> Indices:
+    """The best response against the worst, equal scores in random order: two different ones, also where all are equal.
+
+    Implicit rewards are all 0 while the policy is the reference.
+    """
+    order = rng.sample(range(len(scores)), len(scores))
+    return _best(scores, order), _worst(scores, order[::-1])
+
+
 def max_max(scores, components, rng) -> Indices:
     """The best response against the second best."""
     best = _best(scores, range(len(scores)))
@@ -80,7 +89,7 @@ CHOOSE_TYPES: dict[str, Callable] = {
     "max_min": max_min,
     "max_max": max_max,
     "max_min_p": max_min,  # of penalised rewards, see `rewards_of`
-    "implicit_max_min": max_min,  # of implicit rewards
+    "implicit_max_min": any_max_min,  # of implicit rewards
     "mixed_max_min": mixed_max_min,
 }
 
