@@ -47,7 +47,7 @@ def max_min(scores, components, rng) -> Indices:
 
 
 def any_max_min(scores, components, rng) -> Indices:
-    """The best response against the worst, equal scores in random order: two different ones, also where all are equal.
+    """The best response against the worst, equal scores in random order: two different ones even if all are equal.
 
     Implicit rewards are all 0 while the policy is the reference.
     """
