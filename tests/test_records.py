@@ -1,5 +1,6 @@
 """Data files and journals: what is written can be read, and no kill or second writer damages it."""
 
+import contextlib
 import json
 
 import pytest
@@ -87,12 +88,13 @@ def test_journal_of_other_settings_is_refused(tmp_path):
 
 
 def test_journal_without_rows_takes_other_settings(tmp_path):
-    """A stage that failed before its first row can be started again with what was wrong put right."""
-    journal_path(tmp_path / "out.json").write_text('{"seed": 1}\n')
-    again = Journal(tmp_path / "out.json", {"seed": 2})
-    assert journal_path(tmp_path / "out.json").read_text() == '{"seed": 2}\n'
-    again.close(done=False)
-    assert not journal_path(tmp_path / "out.json").exists()  # nothing to continue from
+    """A stage that was killed before its first row may change its settings; one that failed leaves nothing."""
+    path = journal_path(tmp_path / "out.json")
+    path.write_text('{"seed": 1}\n')
+    book = Journal(tmp_path / "out.json", {"seed": 2})
+    assert path.read_text() == '{"seed": 2}\n'
+    book.close(done=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_second_writer_is_refused(tmp_path):
@@ -105,7 +107,10 @@ def test_second_writer_is_refused(tmp_path):
 
 def test_journal_left_by_a_kill_after_the_rename_is_removed(tmp_path):
     file = tmp_path / "out.json"
-    Journal(file, {"K": 2}).close(done=False)
+    with contextlib.suppress(InterruptedError), journal(file, {"K": 2}) as book:
+        book.add("0", {})
+        raise InterruptedError
+    assert journal_path(file).exists()
     write_records(file, [INSTANCE], {"generate": {"K": 2}})
     assert is_done(file, "generate", {"K": 2})
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]

@@ -34,6 +34,5 @@ class Squares:
 class Devices:
     """Says which GPUs Ray gave it."""
 
-    def __call__(self, number: int) -> str:
-        time.sleep(0.5)
+    def __call__(self, question: object) -> str:
         return os.environ["CUDA_VISIBLE_DEVICES"]
