@@ -276,6 +276,8 @@ def step_lines(args, output_dir: str) -> None:
     def limit(part: list[dict]) -> str:
         return f"{least_flops(ours.model, part) / rate:.2f} s at {rate / 1e9:.0f} GFLOP/s"
 
+    print("## Training\n")
+    print("| case | baseline | ours | ratio | to reach | limit | bound by |\n" + "|---" * 7 + "|")
     sides = [lambda: one_step(theirs, few), padded, lambda: one_step(ours, few)]
     trl, alone, shared = medians(sides, args.repetitions)
     sides = [lambda: one_step(theirs, rows), lambda: one_step(ours, rows)]
@@ -338,8 +340,6 @@ def main() -> None:
             rows = read_rows(args.model, args.pairs, args.number)
             print(json.dumps(two_epochs(args.side, args.model, rows, folder)))
             return
-        print("## Training\n")
-        print("| case | baseline | ours | ratio | to reach | limit | bound by |\n" + "|---" * 7 + "|")
         step_lines(args, folder)
     epoch_lines(args)
     print(NOTES)

@@ -237,7 +237,7 @@ def test_stale_cache_is_computed_again(models, tmp_path, capsys):
     assert "other weights; computing" in capsys.readouterr().out
     assert got[0] == pytest.approx(expected_loss((models[0], folder), instances), abs=2e-6)
     got = train(models, data, tmp_path / "three")
-    assert "other ref_model, weights; computing" in capsys.readouterr().out
+    assert "other model, weights; computing" in capsys.readouterr().out
     assert got[0] == pytest.approx(expected_loss(models, instances), abs=2e-6)
 
 
