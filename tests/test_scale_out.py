@@ -38,7 +38,8 @@ def ray_cluster():
     from ray.cluster_utils import Cluster
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_worker_niceness", "0")
+        for name, value in scale_out.OF_A_LOCAL_RAY.items():
+            patch.setenv(name, value)
         cluster = Cluster(initialize_head=True, head_node_args={**HEAD, "include_dashboard": False})
         yield cluster
         cluster.shutdown()

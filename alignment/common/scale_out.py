@@ -22,9 +22,10 @@ from typing import Any, NamedTuple
 from common.cli import ENVIRONMENT, UserError, checked, first_line
 
 ALL = 0
-PATHS = [
-    str(Path(__file__).resolve().parents[i]) for i in (1, 2)
-]  # where the project's modules are imported from
+PATHS = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]  # from which the scripts import
+
+# Ray puts actors behind all else on their machine, and gives up on a process that needs a minute to start.
+OF_A_LOCAL_RAY = {"RAY_worker_niceness": "0", "RAY_worker_register_timeout_seconds": "600"}
 
 
 def _count(text: str) -> int:
@@ -111,13 +112,14 @@ def _init(ray, address: str | None, local_cpus: int) -> None:
     options = {"address": address} if address else local
     if address:
         _check_reachable(address)
-    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray puts workers behind all else on their machine
+    for name, value in OF_A_LOCAL_RAY.items():
+        os.environ.setdefault(name, value)
     options |= {"logging_level": "CRITICAL", "log_to_driver": False}
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         with _silence():
             ray.init(**options, runtime_env={"env_vars": _environment(), "py_executable": sys.executable})
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # many kinds: other versions in the cluster, no node of it on this machine
         raise UserError(f"Ray at {address or 'this machine'}: cannot be used ({first_line(error)})") from None
     finally:
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own
@@ -178,10 +180,16 @@ def _configure(ray) -> None:
 
 
 class _Actor:
-    """One engine in a process of its own. A wrong input comes back as text: Ray would wrap it in a stack trace."""
+    """One engine in a process of its own. A wrong input comes back as text: Ray would wrap it in a stack trace.
+
+    An answer also says whether this is a process that Ray started again, and which.
+    """
 
     def __init__(self, make_engine: Callable[[], Callable]) -> None:
-        self.name = uuid.uuid4().hex
+        import ray
+
+        restarted = ray.get_runtime_context().was_current_actor_reconstructed
+        self.restart = uuid.uuid4().hex if restarted else None
         self.error = None
         try:
             self.engine = make_engine()
@@ -198,7 +206,7 @@ class _Actor:
             answer = None if self.error else self.engine(item)
         except UserError as error:
             self.error = str(error)
-        return {"answer": pickle.dumps((number, answer, self.error, self.name))}
+        return {"answer": pickle.dumps((number, answer, self.error, self.restart))}
 
 
 def end_actor() -> None:
@@ -230,17 +238,15 @@ def answers(
         return
     import ray
 
-    seen = set()
+    restarts = {None}
     try:
         for reply in _replies(make_engine, work, engines, calls):
-            number, answer, error, name = pickle.loads(reply)
+            number, answer, error, restart = pickle.loads(reply)
             if error:
                 raise UserError(error)
-            seen.add(name)
-            if len(seen) > engines.count:
-                print(
-                    f"\nan engine was lost and started again ({len(seen) - engines.count} so far)", flush=True
-                )
+            if restart not in restarts:
+                print(f"\nan engine was lost and started again ({len(restarts)} so far)", flush=True)
+                restarts.add(restart)
             yield number, answer
     except ray.exceptions.RayTaskError:
         raise  # an error in the engine's own code, with its stack trace
@@ -255,13 +261,12 @@ def _replies(make_engine: Callable, work: list, engines: Engines, calls: int) ->
 
     rows = [{"item": pickle.dumps(pair)} for pair in enumerate(work)]
     count = min(engines.count, len(work))
-    share = -(
-        -len(work) // count
-    )  # an engine that is ready first does not take more, where there is little work
+    # One item more waits at the engine, but where there is little work, the first that is ready must not take it all.
+    in_flight = min(max(2, calls), -(-len(work) // count))
     pool = ray.data.ActorPoolStrategy(
         size=count,
         max_concurrent_calls_per_actor=calls,
-        max_tasks_in_flight_per_actor=min(share, max(2, calls)),  # one waits at the actor while another runs
+        max_tasks_in_flight_per_actor=in_flight,
         enable_true_multi_threading=calls > 1,
     )
     # One row a block, and so one item a task. By Ray Data's defaults actors are restarted, and their tasks retried,
