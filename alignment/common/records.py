@@ -296,12 +296,12 @@ class Journal:
                 end += len(line)
         except (ValueError, TypeError, KeyError):
             raise UserError(f"{self.path}: damaged; remove it to start this stage again") from None
+        if self.rows:
+            refuse_other_settings(self.path, stored, settings)
         self._end = end if self.rows else 0
         self._file.truncate(self._end)
         if not self.rows:  # the settings may be corrected
             self._append(settings)
-        else:
-            refuse_other_settings(self.path, stored, settings)
 
     def _whole_lines(self) -> Iterator[bytes]:
         with open(self._file.fileno(), "rb", closefd=False) as lines:

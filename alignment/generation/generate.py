@@ -246,13 +246,14 @@ def sample(
     """
     with contextlib.ExitStack() as stack:
         books = [stack.enter_context(journal(part.output, part.settings)) for part in todo]
-        bar = stack.enter_context(progress(sum(part.size for part in todo), sum(len(b.rows) for b in books)))
         for part, book in zip(todo, books, strict=True):
             finish(part, book, made_from)
         if is_complete(todo, books):
             return
+        generator = start()
+        bar = stack.enter_context(progress(sum(part.size for part in todo), sum(len(b.rows) for b in books)))
         tokens = 0
-        for response in start().generate(missing(todo, books), sampling):
+        for response in generator.generate(missing(todo, books), sampling):
             number, key = response.key.split("/")
             part, book = todo[int(number)], books[int(number)]
             text = tokenizer.decode(response.token_ids, skip_special_tokens=True)
