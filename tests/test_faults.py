@@ -21,7 +21,8 @@ from test_kill import TRAIN, environment, journal_rows, wait_until
 from test_training import losses
 from tiny import save_tiny_policy, save_tiny_reward_model
 
-from common.records import journal_path, read_records
+from common.journal import journal_path
+from common.records import read_records
 
 pytestmark = pytest.mark.slow
 KIB = 1024
@@ -281,7 +282,7 @@ def test_too_long_prompts_are_left_out_and_counted(place, tmp_path):
     assert result.returncode == 0
     kept = read_records(tmp_path / "out.json")[0]
     assert 0 < len(kept) < 60
-    assert f"generate: {60 - len(kept)} prompts left out as too long" in result.stdout
+    assert f"{60 - len(kept)} prompts left out as too long" in result.stdout
     ends_in_one_line(
         generate(place, tmp_path / "none.json", "--max_input_length", 3), "60 left out as too long"
     )

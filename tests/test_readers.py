@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from tiny import tiny_tokenizer
 
 from common.cli import UserError
-from common.records import Journal, is_done, read_records, write_records
+from common.journal import Journal, is_done
+from common.records import read_records, write_records
 from generation.prompts import load_prompts
 from reward_model.preference_data import read_pairs, write_pairs
 

@@ -6,7 +6,8 @@ import json
 import pytest
 
 from common.cli import UserError
-from common.records import Journal, is_done, journal, journal_path, read_records, write_records
+from common.journal import Journal, is_done, journal, journal_path
+from common.records import read_records, write_records
 
 INSTANCE = {"prompt": "p", "responses": ["a", "b"], "rewards": [0.5, -1.0], "pairs": [0, 0]}
 

@@ -16,8 +16,9 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, TrainerCallback
 
 from common.cli import UserError
+from common.journal import refuse_other_settings
 from common.models import load_causal_lm
-from common.records import read_json, refuse_other_settings, write_json
+from common.records import read_json, write_json
 from dpo_iteration.distributed import on_main, whole_models
 
 

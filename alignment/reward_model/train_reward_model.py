@@ -19,9 +19,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import Parser, UserError, fraction, natural, positive, positive_int, run
+from common.journal import refuse_other_settings
 from common.models import default_device, load_config, load_reward_model, load_tokenizer
 from common.provenance import data_inputs, model_inputs, provenance
-from common.records import read_json, refuse_other_settings, sha256, write_json, writing
+from common.records import read_json, sha256, write_json, writing
 from reward_model.preference_data import read_pairs, split_by_prompt
 
 PLAIN_TEMPLATE = (
