@@ -12,7 +12,7 @@ import contextlib
 import functools
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -20,9 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from annotate_data.texts import TEMPLATES, check_template, instance_texts
 from common import scale_out
 from common.cli import Parser, UserError, natural, positive_int, run
+from common.journal import is_done, journal
 from common.models import default_dtype
 from common.provenance import data_inputs, model_inputs, provenance
-from common.records import is_done, journal, read_provenance, read_records, sha256, write_records
+from common.records import read_provenance, read_records, sha256, write_records
 
 
 def parser() -> Parser:
@@ -44,7 +45,9 @@ def parser() -> Parser:
     flags.add("--reward_column", "which label is the reward, where the model has several", type=natural)
     flags.add("--max_length", "tokens kept of a text; without it what the model allows", type=positive_int)
     flags.add(
-        "--token_budget", "most tokens, padding included, in one batch", type=positive_int, default=16384
+        "--token_budget",
+        "most tokens, padding included, in one batch; without it 16384 on a GPU, 2048 on a CPU",
+        type=positive_int,
     )
     flags.add("--dtype", "float32 or bfloat16; without it bfloat16 on a GPU", choices=("float32", "bfloat16"))
     scale_out.add_flag(flags)
@@ -186,7 +189,7 @@ def note(text: str) -> None:
     print(f"\n{text}", flush=True)
 
 
-def all_scores(args, work: list[list[list[int]]]) -> Iterator[tuple[int, list[float]]]:
+def all_scores(args, work: list[list[Sequence[int]]]) -> Iterator[tuple[int, list[float]]]:
     """Yields (number of the batch, scores of its token lists) as batches are done, by one scorer or several."""
     from annotate_data.scorer import RewardScorer, ScoringEngine
 

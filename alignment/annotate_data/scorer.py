@@ -1,7 +1,8 @@
 """Scores of texts under a sequence-classification reward model, in batches that do not change the scores."""
 
+import array
 import itertools
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,12 +14,18 @@ from common.models import context_length, default_device, load_config, load_rewa
 # Texts are sorted by length inside a window: long enough to batch well, short enough to hold in memory.
 WINDOW = 4096
 
+# Most tokens of a batch, padding included, by device: a GPU wants large batches; a CPU batches that its caches hold.
+TOKEN_BUDGET = {"cuda": 16384, "cpu": 2048}
+
 
 class Batch(NamedTuple):
-    """Texts that are scored together: their indices, and their token ids, the longest first."""
+    """Texts that are scored together: their indices, and their token ids, the longest first.
+
+    A script holds all batches of a file, so ids are arrays of 4 bytes a token (a list takes up to 36).
+    """
 
     indices: list[int]
-    rows: list[list[int]]
+    rows: list[array.array]
 
 
 class TextBatches:
@@ -27,7 +34,7 @@ class TextBatches:
     Args:
         name: a folder or hub name of an `AutoModelForSequenceClassification`.
         max_length: tokens kept of a text; None = what the tokenizer or the model allows.
-        token_budget: most tokens, padding included, in one forward pass.
+        token_budget: most tokens, padding included, in one forward pass; None = what suits the device.
         trust_remote_code: whether the model may bring its own Python code.
 
     Attributes:
@@ -38,13 +45,13 @@ class TextBatches:
         self,
         name: str,
         max_length: int | None = None,
-        token_budget: int = 16384,
+        token_budget: int | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         config = load_config(name, "reward model", trust_remote_code)
         self.tokenizer = load_tokenizer(name, "reward model", trust_remote_code)
         self.max_length = _length_limit(self.tokenizer, config, max_length)
-        self.token_budget = token_budget
+        self.token_budget = token_budget or TOKEN_BUDGET[default_device()]
         self.cut = 0
 
     def batches(self, texts: list[str], skip: Collection[int] = frozenset()) -> Iterator[Batch]:
@@ -59,9 +66,9 @@ class TextBatches:
             waiting = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
             while waiting:
                 size = within_budget(len(waiting), len(tokens[waiting[0]]), self.token_budget)
-                batch = Batch([start + i for i in waiting[:size]], [tokens[i] for i in waiting[:size]])
-                if not all(i in skip for i in batch.indices):
-                    yield batch
+                indices = [start + i for i in waiting[:size]]
+                if not all(i in skip for i in indices):
+                    yield Batch(indices, [array.array("i", tokens[i]) for i in waiting[:size]])
                 waiting = waiting[size:]
 
 
@@ -101,7 +108,7 @@ class RewardScorer(TextBatches):
             scores = self.score_rows(batch.rows)
             yield from (pair for pair in zip(batch.indices, scores, strict=True) if pair[0] not in skip)
 
-    def score_rows(self, rows: list[list[int]]) -> list[float]:
+    def score_rows(self, rows: list[Sequence[int]]) -> list[float]:
         """Scores of a batch's token lists: in one pass, unless padding or memory forbids that."""
         scores: list[float] = []
         while waiting := rows[len(scores) :]:
@@ -111,7 +118,7 @@ class RewardScorer(TextBatches):
             scores += self._try_forward(part) or []
         return scores
 
-    def _try_forward(self, batch: list[list[int]]) -> list[float] | None:
+    def _try_forward(self, batch: list[Sequence[int]]) -> list[float] | None:
         """The batch's scores, or None after memory ran out and the token budget was halved."""
         try:
             return self.forward(batch)
@@ -128,7 +135,7 @@ class RewardScorer(TextBatches):
         return None
 
     @torch.inference_mode()
-    def forward(self, batch: list[list[int]]) -> list[float]:
+    def forward(self, batch: list[Sequence[int]]) -> list[float]:
         """Scores of one batch of token lists."""
         inputs = pad_right(batch, self.model.config)
         if inputs is None:  # every id of the vocabulary occurs, so nothing is left to pad with
@@ -158,7 +165,7 @@ class ScoringEngine:
         self.notes: list[str] = []
         self.scorer = RewardScorer(name, say=self.notes.append, **options)
 
-    def __call__(self, rows: list[list[int]]) -> tuple[list[float], list[str]]:
+    def __call__(self, rows: list[Sequence[int]]) -> tuple[list[float], list[str]]:
         scores = self.scorer.score_rows(rows)
         notes = self.notes.copy()
         self.notes.clear()
@@ -170,7 +177,7 @@ def within_budget(count: int, longest: int, budget: int) -> int:
     return min(count, max(1, budget // max(1, longest)))
 
 
-def pad_right(rows: list[list[int]], config) -> dict[str, torch.Tensor] | None:
+def pad_right(rows: list[Sequence[int]], config) -> dict[str, torch.Tensor] | None:
     """Pads token lists on the right, in such a way that the score is read at each text's last token.
 
     Decoder models with a head look for the last id that is not `config.pad_token_id`. Where that id is EOS, or
@@ -189,7 +196,7 @@ def pad_right(rows: list[list[int]], config) -> dict[str, torch.Tensor] | None:
     config.pad_token_id = text_config.pad_token_id = pad
     longest = max(map(len, rows))
     return {
-        "input_ids": torch.tensor([row + [pad] * (longest - len(row)) for row in rows]),
+        "input_ids": torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows]),
         "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
     }
 
