@@ -166,9 +166,9 @@ def stages(shape: Shape, gpus: int, work: Workload, hardware: Hardware) -> list[
         for name, models in (("one model", [shape]), ("mixture", [shape, shape]))
     ]
     scored = [annotation(REWARD_MODEL, work, hardware, workers) for workers in dict.fromkeys((1, gpus))]
-    references = [reference_pass(shape, work, hardware, gpus, sharded) for sharded in (False, True)]
+    reference = reference_pass(shape, work, hardware, gpus)
     trained = [training(shape, work, hardware, gpus, lora) for lora in (False, True)]
-    return [*generation, *scored, *references, *trained, *kl(shape, work, hardware, gpus)]
+    return [*generation, *scored, reference, *trained, *kl(shape, work, hardware, gpus)]
 
 
 def stage_table(rows: list[Stage]) -> str:

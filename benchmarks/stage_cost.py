@@ -100,19 +100,16 @@ def annotation(shape: Shape, work: Workload, hardware: Hardware, workers: int) -
     return Stage("annotation", layout, memory, hardware.holds(memory), in_turn(terms), terms)
 
 
-def reference_pass(shape: Shape, work: Workload, hardware: Hardware, gpus: int, sharded: bool) -> Stage:
-    """Log-probabilities of all pairs under the reference, which each GPU holds whole or (`sharded`) by ZeRO-3."""
+def reference_pass(shape: Shape, work: Workload, hardware: Hardware, gpus: int) -> Stage:
+    """Log-probabilities of all pairs under the reference, sharded by ZeRO-3."""
     per_pass = work.eval_pairs * 2 * work.length
     passes = math.ceil(work.prompts / work.eval_pairs / gpus)
     one = pass_terms(shape, hardware, 1, per_pass, work.length / 2)
-    memory = hardware.overhead + activation_bytes(shape, per_pass)
-    if sharded:
-        one["interconnect"] = hardware.collective(model_file_bytes(shape), gpus, shape.layers)
-        memory += model_file_bytes(shape) / gpus + live_bytes(shape, gpus)
-    else:
-        memory += model_file_bytes(shape)
-    name, layout = ("reference, sharded", "ZeRO-3") if sharded else ("reference", "whole on each GPU")
-    return Stage(name, layout, memory, hardware.holds(memory), passes * overlapped(one), scale(one, passes))
+    one["interconnect"] = hardware.collective(model_file_bytes(shape), gpus, shape.layers)
+    weights = model_file_bytes(shape) / gpus + live_bytes(shape, gpus)
+    memory = hardware.overhead + activation_bytes(shape, per_pass) + weights
+    terms = scale(one, passes)
+    return Stage("reference", "ZeRO-3", memory, hardware.holds(memory), passes * overlapped(one), terms)
 
 
 def kl(shape: Shape, work: Workload, hardware: Hardware, gpus: int) -> list[Stage]:

@@ -188,9 +188,23 @@ def zero3(zero_data):
     script = wrapper(
         folder, "os.write(1, b'whole weights: %d\\n' % sum(p.numel() for p in self.model.parameters()))"
     )
+    script.write_text(script.read_text().replace("run_dpo.main(", WATCH_THE_REFERENCE + "run_dpo.main("))
     words = flags(models, data, folder / "zero3", per_device_train_batch_size=2, **ORDER)
     # (os.write: one call a line, so that the lines of two processes do not run into each other)
     return launch(config, [script, *words], DS_ACCELERATOR="cpu")
+
+
+WATCH_THE_REFERENCE = """
+from dpo_iteration import reference
+sharded = reference.sharded
+
+def watched(*arguments):
+    engine = sharded(*arguments)
+    os.write(1, b'whole reference weights: %d\\n' % sum(p.numel() for p in engine.module.parameters()))
+    return engine
+
+reference.sharded = watched
+"""
 
 
 def check_equal_training(folder: Path, name: str, one: list[float]) -> None:
@@ -203,6 +217,7 @@ def check_equal_training(folder: Path, name: str, one: list[float]) -> None:
 def test_zero3_equals_one_process(zero_data, zero3):
     assert "sequences are padded" not in zero3  # prefixes are shared under ZeRO-3, too
     assert zero3.count("whole weights: 0\n") == 8  # two processes, four steps: all weights are in shards
+    assert zero3.count("whole reference weights: 0\n") == 2  # and those of the reference in its pass
     check_equal_training(zero_data[0], "zero3", zero_data[3])
 
 

@@ -1,9 +1,10 @@
-"""What several processes need: one that decides and writes, and models loaded whole where ZeRO-3 would shard them.
+"""What several processes need: one that decides and writes, parts of the work, models that only score.
 
 Started by `accelerate launch`, every process runs the same script; in a plain process all of this does nothing.
 """
 
 import contextlib
+import itertools
 import os
 from collections.abc import Callable, Iterator
 
@@ -33,15 +34,37 @@ def on_main(work: Callable, *arguments):
     return result
 
 
-def share(items: list) -> list:
-    """This process's part of a list of things to do."""
+def share(items: list, even: bool = False) -> list:
+    """This process's part of a list of things to do; `even`: as many as every other process, some of them twice."""
     state = PartialState()
+    if even:
+        items = list(itertools.islice(itertools.cycle(items), len(items) + -len(items) % state.num_processes))
     return items[state.process_index :: state.num_processes]
 
 
 def gather(items: list) -> list:
     """The lists of all processes, joined."""
     return gather_object(items)
+
+
+def shards_models(training) -> bool:
+    """Whether the processes share the weights of each model, by ZeRO-3."""
+    return training.deepspeed_plugin is not None and training.deepspeed_plugin.zero_stage == 3
+
+
+def sharded(model, dtype: str, training):
+    """A model that only scores, as an engine of DeepSpeed: ZeRO-3 gathers a layer's weights when it runs.
+
+    All processes must run it equally often. `destroy()` gives its memory back.
+    """
+    import deepspeed
+
+    zero = training.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    kept = {key: value for key, value in zero.items() if value != "auto" and key != "offload_optimizer"}
+    options = {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": dtype == "bfloat16"}}
+    engine = deepspeed.initialize(model=model, config={"zero_optimization": kept, **options})[0]
+    engine.eval()
+    return engine
 
 
 @contextlib.contextmanager

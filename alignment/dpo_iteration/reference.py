@@ -1,11 +1,11 @@
 """Log-probabilities under the reference model: computed once, before training, and kept beside the data.
 
 They never change, so while the policy trains there is no reference model in memory, in no epoch and after no restart.
-Every process loads the whole model for this pass (7B parameters: 14 GB in bf16) and takes its share of the rows.
+Every process takes its share of the rows. Under ZeRO-3 they share the model's weights too; otherwise each loads the
+whole model for this pass (7B parameters: 14 GB in bf16).
 """
 
-import ctypes
-import gc
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -14,9 +14,9 @@ import torch
 from tqdm import tqdm
 
 from common.cli import UserError
-from common.models import load_causal_lm
+from common.models import give_memory_back, load_causal_lm
 from common.records import read_json, write_json
-from dpo_iteration.distributed import gather, on_main, say, share, whole_models
+from dpo_iteration.distributed import gather, on_main, say, sharded, shards_models, share, whole_models
 from dpo_iteration.response_logps import SEQUENCES, as_scorer, forms_agree, may_share
 from dpo_iteration.rows import collate
 
@@ -97,7 +97,8 @@ def write_cache(path: Path, what: str, key: dict, pairs: list[list[float]]) -> N
 
 def compute(rows: list[dict], name: str, options, training, dtype: str, autocast: bool) -> list[list[float]]:
     """[chosen, rejected] log-probabilities of each row; the model is gone from memory when this returns."""
-    with whole_models(training):
+    in_shards = shards_models(training)
+    with contextlib.nullcontext() if in_shards else whole_models(training):
         model = load_causal_lm(
             name,
             "model",
@@ -105,12 +106,13 @@ def compute(rows: list[dict], name: str, options, training, dtype: str, autocast
             trust_remote_code=options.trust_remote_code,
             attn_implementation=options.attn_implementation,
         )
-    model = as_scorer(model.to(training.device))
+    model = as_scorer(model)
+    shares = training.share_prefixes and may_share(model)
+    model = sharded(model, dtype, training) if in_shards else model.to(training.device)
     # Rows of like length share a batch.
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["prompt_ids"]) + len(rows[i]["chosen_ids"]))
     size = training.per_device_eval_batch_size
-    batches = share([order[i : i + size] for i in range(0, len(order), size)])
-    shares = training.share_prefixes and may_share(model)
+    batches = share([order[i : i + size] for i in range(0, len(order), size)], even=in_shards)
     if shares:
         with _precision(training.device, autocast):
             shares = forms_agree(model, _on(training.device, rows[:1]), training.bf16)
@@ -121,20 +123,12 @@ def compute(rows: list[dict], name: str, options, training, dtype: str, autocast
         with torch.no_grad(), _precision(training.device, autocast):
             chosen, rejected = model(**sequences, share=shares).chunk(2)
         found += zip(batch, chosen.tolist(), rejected.tolist(), strict=True)
+    if in_shards:
+        model.destroy()
     del model
     give_memory_back()
     by_row = {index: [chosen, rejected] for index, chosen, rejected in gather(found)}
     return [by_row[i] for i in range(len(rows))]
-
-
-def give_memory_back() -> None:
-    """Returns to the system, or to the GPU, what freed tensors have held."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):  # glibc: weights are read by several threads, whose heaps it keeps
-        libc.malloc_trim(0)
 
 
 def _on(device, rows: list[dict]) -> dict[str, torch.Tensor]:
