@@ -7,6 +7,7 @@ import shlex
 import pytest
 from commands import bash
 
+SAMPLERS = ("offline", "online", "gshf", "mixp")
 DRIVERS = {
     "sample_train_safe_rlhf.sh": "safe_rlhf",
     "sample_train_iterative_prompt.sh": "iterative_prompt",
@@ -30,20 +31,27 @@ def flag(words: list[str], name: str, count: int = 1):
     return values[0] if count == 1 else values
 
 
+def in_turn(words: list[str]) -> list[list[str]]:
+    """The flags of each of the command lines that one process runs."""
+    places = [i for i, word in enumerate(words) if word == "--then"]
+    return [words[start + 1 : end] for start, end in zip([1, *places], [*places, len(words)], strict=True)]
+
+
 def test_iteration_one_is_trained_once_and_shared():
     stages = [stage for stage, _ in plan("sample_train_safe_rlhf.sh")]
-    expected = ["generate iter1 online", "annotate iter1 online", "train iter1 online"]
+    expected = ["generate iter1", "annotate iter1 online", "train iter1 online"]
     for n in (2, 3):
-        for sampler in ("offline", "online", "gshf", "mixp"):
-            expected += [f"{step} iter{n} {sampler}" for step in ("generate", "annotate", "train")]
+        expected.append(f"generate iter{n}")
+        for sampler in SAMPLERS:
+            expected += [f"{step} iter{n} {sampler}" for step in ("annotate", "train")]
     assert stages == expected
 
 
 def test_each_stage_reads_what_the_one_before_wrote():
     commands = dict(plan("sample_train_safe_rlhf.sh", RUN_DIR="/run"))
-    for sampler in ("offline", "online", "gshf", "mixp"):
+    for number, sampler in enumerate(SAMPLERS):
         for n, before in ((2, "/run/models/rlhflow_iter1"), (3, f"/run/models/rlhflow_iter2_{sampler}")):
-            generate = commands[f"generate iter{n} {sampler}"]
+            generate = in_turn(commands[f"generate iter{n}"])[number]
             annotate = commands[f"annotate iter{n} {sampler}"]
             train = commands[f"train iter{n} {sampler}"]
             base = "PKU-Alignment/alpaca-7b-reproduced"
@@ -115,15 +123,17 @@ COMMON = {
 def test_recipes_hold_the_published_settings(recipe):
     commands = dict(plan(f"sample_train_{recipe}.sh"))
     for step, settings in PUBLISHED[recipe].items():
-        words = commands[f"{step} iter2 online"]
+        words = commands["generate iter2" if step == "generate" else "train iter2 online"]
         for name, value in (settings | (COMMON if step == "train" else {})).items():
             assert flag(words, name) == value, name
     assert any(word.endswith("configs/zero3.yaml") for word in commands["train iter2 online"])
 
 
 def test_mixp_of_the_two_experiments():
-    safe = dict(plan("sample_train_safe_rlhf.sh"))["generate iter2 mixp"]
-    iterative = dict(plan("sample_train_iterative_prompt.sh"))["generate iter2 mixp"]
+    safe, iterative = (
+        in_turn(dict(plan(f"sample_train_{recipe}.sh"))["generate iter2"])[SAMPLERS.index("mixp")]
+        for recipe in PUBLISHED
+    )
     assert flag(safe, "--sampler") == "mixp"
     assert flag(iterative, "--pairs") == "[[0.3,[1,0],[1,0]],[0.7,[1.5,-0.5],[0.5,0.5]]]"
     assert len([w for w in iterative if w.startswith("RLHFlow/iterative-prompt-v1-iter")]) == 4
@@ -131,7 +141,7 @@ def test_mixp_of_the_two_experiments():
 
 def test_evaluation_covers_every_model_on_test_and_train_prompts():
     commands = plan("sample_eval_safe_rlhf.sh", RUN_DIR="/run", JUDGE_MODEL="judge/model")
-    generations = [words for stage, words in commands if stage.startswith("evaluate: generate")]
+    generations = in_turn(dict(commands)["evaluate: generate"])
     assert len(generations) == 2 + 2 * 4
     assert flag(generations[0], "--model_name_or_path") == "PKU-Alignment/alpaca-7b-reproduced"
     for words in generations:
@@ -151,17 +161,17 @@ def test_evaluation_covers_every_model_on_test_and_train_prompts():
 
 
 def test_kl_is_measured_on_200_held_out_prompts():
-    commands = [c for c in plan("sample_kl.sh", RUN_DIR="/run") if c[0].startswith("KL")]
-    assert len(commands) == 9
-    for _, words in commands:
+    measured = in_turn(dict(plan("sample_kl.sh", RUN_DIR="/run"))["KL"])
+    assert len(measured) == 9
+    for words in measured:
         assert flag(words, "--start") == "10000" and flag(words, "--end") == "10200"
-    assert flag(commands[-1][1], "--output_file") == "/run/results/kl_mixp_3.json"
+    assert flag(measured[-1], "--output_file") == "/run/results/kl_mixp_3.json"
 
 
 def test_first_iteration_checkpoint():
     commands = plan("sample_train_safe_rlhf.sh", ITER1_MODEL="owner/iter-1", SAMPLERS="mixp", ITERS="2")
     assert [stage for stage, _ in commands] == [
-        "generate iter2 mixp",
+        "generate iter2",
         "annotate iter2 mixp",
         "train iter2 mixp",
     ]
@@ -171,7 +181,7 @@ def test_first_iteration_checkpoint():
 def test_a_sampler_of_ones_own():
     pairs = "[[1,[2,-1],[0,1]]]"
     commands = plan("sample_train_safe_rlhf.sh", SAMPLERS="mine", PAIRS_mine=pairs, ITERS="2")
-    assert flag(dict(commands)["generate iter2 mine"], "--pairs") == pairs
+    assert flag(dict(commands)["generate iter2"], "--pairs") == pairs
 
 
 def test_fewer_gpus_keep_the_global_batch_and_machines_are_counted():
@@ -199,8 +209,8 @@ def test_fewer_gpus_keep_the_global_batch_and_machines_are_counted():
 )
 def test_every_gpu_has_an_engine_and_one_engine_needs_no_ray(environment, generation, annotation):
     for driver, stages in {
-        "sample_train_safe_rlhf.sh": ("generate iter1 online", "annotate iter1 online"),
-        "sample_eval_safe_rlhf.sh": ("evaluate: generate base iter0", "evaluate: annotate with "),
+        "sample_train_safe_rlhf.sh": ("generate iter1", "annotate iter1 online"),
+        "sample_eval_safe_rlhf.sh": ("evaluate: generate", "evaluate: annotate with "),
     }.items():
         commands = plan(driver, **environment)
         for stage, count in zip(stages, (generation, annotation), strict=True):

@@ -7,8 +7,9 @@ import torch
 from commands import python
 from tiny import save_tiny_policy, tiny_tokenizer
 
+from common.journal import journal_path
 from common.models import load_causal_lm
-from common.records import journal_path, read_records
+from common.records import read_records
 
 PROMPTS = ["hello there", "a cat", "what is this? please say.", "no", "why, oh why", "zebra"]
 
@@ -105,6 +106,23 @@ def test_slices_are_parts_of_the_whole_and_policy_alone_equals_its_side_of_gshf(
     assert [i["prompt"] for i in online] == PROMPTS
     assert [i["responses"][1] for i in gshf] == [i["responses"][1] for i in online]
     assert [i["responses"][0] for i in gshf] != [i["responses"][0] for i in online]
+
+
+def test_command_lines_in_turn_write_what_each_writes_alone(place, finished, tmp_path):
+    """Two engines after one another in one process: of both models, of the reference alone; then a wrong one."""
+    alone = generate(place, tmp_path / "alone.json", backend="vllm", sampler=("--sampler", "offline"))
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    flags = (
+        *("--model_name_or_path", place / "policy", "--ref_model_name_or_path", place / "reference"),
+        *("--dataset_name_or_path", place / "prompts.jsonl", "--sampler", "offline"),
+        *("--temperature", 1.0, "--max_new_tokens", 8, "--max_input_length", 40, "--seed", 5),
+    )
+    more = "--K", 4, "--then", *flags, "--output_file", second, "--then", *flags, "--K", 0
+    result = generate(place, first, *more, backend="vllm")
+    assert (alone.returncode, result.returncode) == (0, 2)
+    assert result.stderr.splitlines()[-1].startswith("generate.py: error: argument --K: '0' is not")
+    assert first.read_bytes() == finished.read_bytes()
+    assert second.read_bytes() == (tmp_path / "alone.json").read_bytes()
 
 
 def test_greedy_backends_write_the_same_instances(place, tmp_path):

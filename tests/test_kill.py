@@ -62,7 +62,7 @@ MOMENTS = [
     Moment(TRAIN, event)
     for event in (
         # generation
-        "after generate iter1 online",
+        "after generate iter1",
         "import transformers",
         "rows gen_data_iter1_online.json 1",
         "rows gen_data_iter1_online.json 7",

@@ -74,9 +74,9 @@ def test_only_the_first_machine_makes_data_and_all_train():
     first = plan("sample_train_safe_rlhf.sh", MACHINE_RANK="0", **common)
     second = plan("sample_train_safe_rlhf.sh", MACHINE_RANK="1", **common)
     assert [stage for stage, _ in first] == [
-        f"{what} iter{n} {sampler}"
+        stage
         for n, sampler in ((1, "online"), (2, "mixp"))
-        for what in ("generate", "annotate", "train")
+        for stage in (f"generate iter{n}", f"annotate iter{n} {sampler}", f"train iter{n} {sampler}")
     ]
     assert [stage for stage, _ in second] == ["wait", "train iter1 online", "wait", "train iter2 mixp"]
     written = [flag(words, "--output_file") for stage, words in first if stage.startswith("annotate")]
@@ -118,7 +118,7 @@ def test_slurm_plan(cluster):
         assert (flag(words, "--num_machines"), flag(words, "--num_processes")) == ("2", "16")
         assert flag(words, "--main_process_ip") == "127.0.0.1"
         assert flag(words, "--main_process_port") == "22345"
-    assert done.stdout.count("[generate iter1 online]") == 1 == done.stdout.count("[wait]")
+    assert done.stdout.count("[generate iter1]") == 1 == done.stdout.count("[wait]")
 
 
 def test_slurm_on_one_node_needs_no_ray(cluster):
@@ -210,7 +210,7 @@ def test_slurm_job_trains_over_two_nodes_and_ends_ray(job, tmp_path):
     trained = losses(run / "models/rlhflow_iter1")
     assert len(rows) == 8 and len(trained) == 4  # two epochs of 8 pairs, 4 a step
     assert trained[0] == pytest.approx(math.log(2), abs=1e-4)  # the policy is the reference still
-    assert log.count("[generate iter1 online]") == 1 and log.count("[train iter1 online]") == 2
+    assert log.count("[generate iter1]") == 1 and log.count("[train iter1 online]") == 2
     settings = (run / "models/rlhflow_iter1/settings.json").read_text()
     assert '"num_processes": 2' in settings
 

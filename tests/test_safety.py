@@ -85,13 +85,13 @@ def hostile(tmp_path) -> dict[str, str]:
 
 KINDS = tuple(hostile(Path()))
 TEXTS = {
-    "BASE_MODEL": ("generate iter2 mine", "--ref_model_name_or_path"),
-    "ITER1_MODEL": ("generate iter2 mine", "--model_name_or_path"),
+    "BASE_MODEL": ("generate iter2", "--ref_model_name_or_path"),
+    "ITER1_MODEL": ("generate iter2", "--model_name_or_path"),
     "REWARD_MODEL": ("annotate iter2 mine", "--reward_name_or_path"),
-    "PAIRS_mine": ("generate iter2 mine", "--pairs"),
-    "TEMPLATE": ("generate iter2 mine", "--template"),
-    "TRAIN_START": ("generate iter2 mine", "--start"),
-    "K": ("generate iter2 mine", "--K"),
+    "PAIRS_mine": ("generate iter2", "--pairs"),
+    "TEMPLATE": ("generate iter2", "--template"),
+    "TRAIN_START": ("generate iter2", "--start"),
+    "K": ("generate iter2", "--K"),
     "LOSS_TYPE": ("train iter2 mine", "--loss_type"),
     "WARMUP_STEPS": ("train iter2 mine", "--warmup_steps"),
     "RUN_DIR": ("train iter2 mine", "--output_dir"),
@@ -113,7 +113,7 @@ def test_words_reach_the_scripts_as_they_are(kind, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompts_are_split_at_spaces_and_nothing_else(kind, tmp_path):
     value = hostile(tmp_path)[kind].replace("\n", " ")
-    words = plan(**RIGHT, PROMPTS=value)["generate iter2 mine"]
+    words = plan(**RIGHT, PROMPTS=value)["generate iter2"]
     start = words.index("--dataset_name_or_path") + 1
     assert words[start : words.index("--template")] == value.split()
     assert list(tmp_path.iterdir()) == []

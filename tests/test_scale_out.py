@@ -236,12 +236,15 @@ def test_stopped_and_killed_with_two_engines_continued_with_one(place, whole, tm
 
 
 def test_two_vllm_engines_on_a_local_ray(place, tmp_path, monkeypatch):
-    """Two slices with one start of the engines, against one process."""
+    """Two slices with one start of the engines, and a second command line in turn, against one process each."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     more = "--backend", "vllm", "--max_num_seqs", 8, "--start", 0, 10, "--end", 10, 48
-    one, two = ([tmp_path / f"{name}{i}.json" for i in range(2)] for name in ("one", "two"))
-    generate(place, one, *more)
-    result = generate(place, two, *more, "--num_engines", 2)
+    second = "--backend", "vllm", "--max_num_seqs", 8, "--end", 4, "--temperature", 0
+    one, two = ([tmp_path / f"{name}{i}.json" for i in range(3)] for name in ("one", "two"))
+    generate(place, one[:2], *more)
+    generate(place, one[2], *second)
+    flags = generate_flags(place, two[:2], *more, "--num_engines", 2)
+    result = generate(place, two[2], *second, "--num_engines", 2, "--then", *flags)
     assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
     errors = [line for line in result.stderr.replace("\r", "\n").splitlines() if "response/s" not in line]
     assert not [line for line in errors if "ray" in line.lower()]

@@ -11,6 +11,7 @@ Usage in a script::
 """
 
 import argparse
+import itertools
 import os
 import signal
 import sys
@@ -76,6 +77,22 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         _say_stopped()
         raise SystemExit(130) from None
+
+
+def each(main: Callable[[], None]) -> Callable[[], None]:
+    """A `main` for several command lines in turn, `FLAGS --then FLAGS`: the libraries are imported once for all.
+
+    What is wrong with a later one is found when its turn comes; what the earlier ones wrote stays.
+    """
+
+    def mains() -> None:
+        script, *words = sys.argv
+        parts = itertools.groupby(words, lambda word: word == "--then")
+        for flags in [list(flags) for is_separator, flags in parts if not is_separator] or [[]]:
+            sys.argv = [script, *flags]
+            main()
+
+    return mains
 
 
 def _say_stopped() -> None:

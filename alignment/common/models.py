@@ -1,5 +1,7 @@
 """Loading models and tokenizers, and the two places where special tokens are put: the same for every stage."""
 
+import ctypes
+import gc
 from pathlib import Path
 
 from common.cli import UserError, first_line
@@ -108,6 +110,18 @@ def _load(kind, name: str, what: str, **options):
                 f"{what} {name}: brings Python code, which runs only with --trust_remote_code"
             ) from None
         raise UserError(f"{what} {name}: cannot be loaded ({first_line(error)})") from None
+
+
+def give_memory_back() -> None:
+    """Returns to the system, or to the GPU, what freed models have held."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):  # glibc: weights are read by several threads, whose heaps it keeps
+        libc.malloc_trim(0)
 
 
 def default_device() -> str:

@@ -74,7 +74,8 @@ def start(wanted: int, gpus_each: int = 1) -> Engines:
 
     address = os.environ.get("RAY_ADDRESS")
     cores = os.cpu_count() or 1
-    _init(ray, address, max(cores, wanted))
+    if not ray.is_initialized():  # by an earlier command line, see cli.each
+        _init(ray, address, max(cores, wanted))
     _configure(ray)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = gpus_each if any(node.get("GPU") for node in nodes) else 0

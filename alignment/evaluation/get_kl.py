@@ -10,10 +10,11 @@ Writes  OUT.json: {"kl": nats per response, "stderr": over prompts, "kl_per_toke
 
     python alignment/evaluation/get_kl.py --model_name_or_path P --ref_model_name_or_path R \\
         --dataset_name_or_path prompts.jsonl --temperature 0.7 --max_new_tokens 128 --output_file kl.json
+
+For several models: FLAGS --then FLAGS, and so on, starts Python once.
 """
 
 import argparse
-import gc
 import json
 import os
 import sys
@@ -23,25 +24,26 @@ PROJECT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(PROJECT / "alignment"), str(PROJECT)]  # the samplers' table is the bandit's
 
 from bandit.mixtures import MIXTURES
-from common.cli import Parser, UserError, checked, fraction, natural, positive_int, run
+from common.cli import Parser, UserError, checked, each, natural, positive_int, run
+from common.journal import Journal, is_done, journal
 from common.models import (
     check_same_vocabulary,
-    context_length,
     default_device,
     default_dtype,
     encode_prompt,
     encode_response,
+    give_memory_back,
     load_causal_lm,
     load_config,
     load_tokenizer,
     stop_token_ids,
 )
 from common.provenance import data_inputs, model_inputs, provenance
-from common.records import Journal, is_done, journal, read_records, sha256, write_json
+from common.records import read_records, sha256, write_json
 from generation.backends import load_generator
+from generation.flags import add_engine_flags, add_prompt_flags, check_room, prompt_settings, read_prompts
 from generation.interface import Sampling
 from generation.plan import Plan, requests
-from generation.prompts import TEMPLATES, load_prompts
 from generation.samplers import pairs_from_json
 
 POLICY_ALONE = MIXTURES["online"].pairs(0.0)
@@ -61,29 +63,14 @@ def parser() -> Parser:
         "--dataset_name_or_path", help="prompts: file(s), folder(s) or hub name(s)", nargs="+"
     )
     source.add_argument("--responses", help="a data file of generate.py whose responses are scored instead")
-    p.add("--dataset_split", "split of a data set", default="train")
-    p.add("--dataset_key", "field that holds the prompt (default: prompt, messages or context_messages)")
-    p.add("--template", "what is put around the prompt", choices=sorted(TEMPLATES), default="none")
-    p.add("--max_prompt_characters", "leave out templated prompts with more characters", type=positive_int)
+    add_prompt_flags(p)
     p.add("--start", "first prompt, counted after the filters", type=natural, default=0)
     p.add("--end", "prompt to stop before (default: all)", type=positive_int)
     p.add("--temperature", "of sampling and of scoring", type=temperature_above_zero, default=0.7)
-    p.add("--max_new_tokens", "longest response, tokens", type=positive_int, default=128)
-    p.add("--max_input_length", "leave out prompts with more tokens", type=positive_int, default=128)
     p.add("--seed", "of the responses' random streams", type=natural, default=0)
     p.add("--output_file", "where the result goes", required=True)
-    p.add("--backend", "what samples", choices=["vllm", "hf"], default="vllm")
-    p.add("--dtype", "default: bfloat16 on a GPU, else float32", choices=["float32", "bfloat16"])
+    add_engine_flags(p)
     p.add("--batch_size", "responses scored at a time", type=positive_int, default=8)
-    p.add("--max_num_seqs", "responses sampled at a time", type=positive_int, default=64)
-    p.add(
-        "--tensor_parallel_size",
-        "GPUs that share the model while sampling (vllm)",
-        type=positive_int,
-        default=1,
-    )
-    p.add("--gpu_memory_utilization", "share of GPU memory for sampling (vllm)", type=fraction, default=0.9)
-    p.add("--trust_remote_code", "run code that comes with a model", action="store_true")
     return p
 
 
@@ -91,7 +78,7 @@ def main() -> None:
     args = parser().parse_args()
     args.dtype = args.dtype or default_dtype()
     tokenizer = check_models(args)
-    prompts = None if args.responses else read_prompts(args, tokenizer)
+    prompts = None if args.responses else read_prompts(args, tokenizer, args.start, args.end)
     settings = settings_of(args)
     if is_done(args.output_file, "kl", settings):
         print(f"{args.output_file}: already done")
@@ -111,11 +98,8 @@ def settings_of(args: argparse.Namespace) -> dict:
     settings = {name: getattr(args, name) for name in kept}
     if args.responses:
         return settings | {"responses_sha256": sha256(args.responses)}
-    names = args.dataset_name_or_path
-    dataset = {name: sha256(name) if Path(name).is_file() else args.dataset_split for name in names}
-    kept = ("dataset_key", "template", "max_prompt_characters", "start", "end", "max_new_tokens")
-    kept += ("max_input_length", "seed", "backend")
-    return settings | {"dataset": dataset} | {name: getattr(args, name) for name in kept}
+    kept = ("start", "end", "max_new_tokens", "seed", "backend")
+    return settings | prompt_settings(args) | {name: getattr(args, name) for name in kept}
 
 
 def made_from(args: argparse.Namespace) -> dict:
@@ -129,27 +113,13 @@ def made_from(args: argparse.Namespace) -> dict:
 def check_models(args: argparse.Namespace):
     """Refuses, before any weight is loaded, models that cannot be compared; returns the tokenizer."""
     tokenizers = []
-    longest = args.max_input_length + args.max_new_tokens
     for name, what in ((args.model_name_or_path, "policy"), (args.ref_model_name_or_path, "reference")):
-        room = context_length(load_config(name, what, args.trust_remote_code))
-        if room is not None and longest > room and not args.responses:
-            raise UserError(
-                f"--max_input_length {args.max_input_length} + --max_new_tokens {args.max_new_tokens} is more than "
-                f"the {room} tokens that the {what} {name} can read"
-            )
+        config = load_config(name, what, args.trust_remote_code)
+        if not args.responses:
+            check_room(args, config, f"{what} {name}")
         tokenizers.append(load_tokenizer(name, what, args.trust_remote_code))
     check_same_vocabulary(*tokenizers)
     return tokenizers[0]
-
-
-def read_prompts(args: argparse.Namespace, tokenizer) -> list:
-    """The prompts to sample for; says how many were too long."""
-    limits = args.max_input_length, args.max_prompt_characters
-    where = args.start, args.end, args.dataset_split, args.dataset_key
-    prompts, left_out = load_prompts(args.dataset_name_or_path, tokenizer, args.template, *limits, *where)
-    if left_out:
-        print(f"get_kl: {left_out} prompts left out as too long")
-    return prompts
 
 
 def sample(args: argparse.Namespace, prompts: list, book: Journal, tokenizer) -> list[list]:
@@ -161,26 +131,15 @@ def sample(args: argparse.Namespace, prompts: list, book: Journal, tokenizer) ->
     plan = Plan(prompts, args.start, POLICY_ALONE, 1, args.seed)
     wanted = list(requests(plan, book.rows))
     if wanted:
+        give_memory_back()  # what the scoring of an earlier command line has left
         generator = load_generator(args, args.model_name_or_path, None)
         stop_ids = stop_token_ids(tokenizer, args.model_name_or_path)
         sampling = Sampling(args.temperature, args.max_new_tokens, stop_ids)
         for response in tqdm(generator.generate(wanted, sampling), "sampling", len(wanted), file=sys.stdout):
             book.add(response.key, {"ids": response.token_ids, "ended": response.stop_reason == "stop"})
-        release(generator)
-        del generator
-        gc.collect()
+        generator.close()  # scoring needs its memory for two models
     rows = [book.rows[request.key] for request in requests(plan, {})]
     return [[Sequence(p.token_ids, r["ids"], r["ended"])] for p, r in zip(prompts, rows, strict=True)]
-
-
-def release(generator) -> None:
-    """Gives the sampling engine's memory back: scoring needs it for two models."""
-    import torch
-
-    if hasattr(generator, "llm"):
-        generator.llm.llm_engine.engine_core.shutdown()
-    if default_device() == "cuda":
-        torch.cuda.empty_cache()
 
 
 def read_responses(args: argparse.Namespace, tokenizer) -> list[list]:
@@ -253,4 +212,4 @@ def report(result: dict) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(each(main))

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from common.models import default_device, load_causal_lm
+from common.models import default_device, give_memory_back, load_causal_lm
 from generation.interface import Request, Response, Sampling
 
 
@@ -42,6 +42,11 @@ class HFGenerator:
         waiting = iter(requests)
         while batch := list(itertools.islice(waiting, self.batch_size)):
             yield from self._generate_batch(batch, sampling)
+
+    def close(self) -> None:
+        """Gives the models' memory back."""
+        self.models = None
+        give_memory_back()
 
     @torch.inference_mode()
     def _generate_batch(self, batch: list[Request], sampling: Sampling) -> list[Response]:

@@ -1,13 +1,23 @@
 """Generation with vLLM: one engine, one continuous batch, for any mix of policy, reference and their mixtures."""
 
+import gc
 import os
 import threading
 from collections.abc import Iterable, Iterator
 from multiprocessing import connection
 
 from common.cli import UserError
-from common.models import default_device, load_config
+from common.models import default_device, give_memory_back, load_config
 from generation.interface import EngineDied, Request, Response, Sampling
+
+CPU_OPTIONS = {
+    "enforce_eager": True,  # compiling takes longer than it saves
+    # A prompt split over steps draws a token too early, and vLLM winds the request's random stream back, which
+    # torch cannot do on a CPU: it would crash.
+    "enable_chunked_prefill": False,
+    # Responses to one prompt share whole blocks of its cache. vLLM's 128 tokens are longer than most prompts.
+    "block_size": 32,
+}
 
 
 class VLLMGenerator:
@@ -38,10 +48,8 @@ class VLLMGenerator:
         **engine_options,
     ) -> None:
         self.mixes = policy is not None and reference is not None
-        _set_environment(tensor_parallel_size, self.mixes)
-        from vllm import LLM
-
-        on_cpu = default_device() == "cpu"
+        _set_environment(tensor_parallel_size)
+        LLM = _import_vllm()
         options = {"model": policy or reference}
         if self.mixes:
             from vllm_logit_mixture import engine_options as mixture_options
@@ -60,11 +68,7 @@ class VLLMGenerator:
             use_tqdm_on_load=False,
             # The pipeline puts end tokens itself (`Sampling`), the same for both back ends.
             generation_config="vllm",
-            enforce_eager=engine_options.pop("enforce_eager", on_cpu),
-            # A prompt that is split over steps draws a token too early, and vLLM winds the request's random stream
-            # back, which torch can do for streams of GPUs only: on a CPU it would crash.
-            enable_chunked_prefill=engine_options.pop("enable_chunked_prefill", not on_cpu),
-            **engine_options,
+            **(CPU_OPTIONS if default_device() == "cpu" else {}) | engine_options,
         )
         self.window = 4 * max_num_seqs
         _watch_engine(self.llm.llm_engine.engine_core)
@@ -81,6 +85,12 @@ class VLLMGenerator:
             yield from self._generate(requests, sampling)
         except EngineDeadError:
             raise EngineDied("vLLM's engine process died; the same command continues from here") from None
+
+    def close(self) -> None:
+        """Ends the engine and gives its memory back."""
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        give_memory_back()
 
     def _generate(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Response]:
         engine = self.llm.llm_engine
@@ -138,13 +148,25 @@ def _as_response(output, sampling: Sampling) -> Response:
     return Response(output.request_id, ids, "length")
 
 
-def _set_environment(tensor_parallel_size: int, mixes: bool) -> None:
+def _import_vllm():
+    """vLLM's class `LLM`, imported without the garbage collector, which is to leave it alone afterwards.
+
+    Imports make a million objects and no garbage, and vLLM collects it again and again when an engine starts and ends.
+    """
+    gc.disable()
+    try:
+        from vllm import LLM
+    finally:
+        gc.enable()
+    gc.freeze()
+    return LLM
+
+
+def _set_environment(tensor_parallel_size: int) -> None:
     """What vLLM reads from the environment when it is imported; a user's own setting wins."""
-    defaults = {}
-    if mixes:
-        # Where Triton is present vLLM would take its second model runner, which refuses the interface through which
-        # the plugin follows batch slots.
-        defaults["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    # Where Triton is present vLLM would take its second model runner, which refuses the interface through which the
+    # plugin follows batch slots. One runner for all: vLLM reads this once, and engines may follow one another.
+    defaults = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
     if default_device() == "cpu":
         defaults |= {
             "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB

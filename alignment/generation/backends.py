@@ -68,6 +68,9 @@ class ManyEngines:
         for _, responses in scale_out.answers(engine, work, self.engines, self.calls):
             yield from responses
 
+    def close(self) -> None:
+        """Nothing: the actors are gone with the work."""
+
 
 class Engine:
     """A back end in an actor of its own. What several threads ask for at a time runs in one batch."""

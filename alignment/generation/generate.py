@@ -8,6 +8,8 @@ Writes  OUT.json: prompts, responses, which pair of the sampler each came from, 
     python alignment/generation/generate.py --model_name_or_path P --ref_model_name_or_path R \\
         --dataset_name_or_path prompts.jsonl --sampler mixp --K 2 --temperature 0.7 \\
         --max_new_tokens 128 --max_input_length 128 --output_file OUT.json
+
+For several models: FLAGS --then FLAGS, and so on, starts Python once.
 """
 
 import argparse
@@ -22,21 +24,21 @@ sys.path[:0] = [str(PROJECT / "alignment"), str(PROJECT)]  # the samplers' table
 
 from bandit.mixtures import MIXTURES, Mixture, Pairs
 from common import scale_out
-from common.cli import Parser, UserError, fraction, natural, non_negative, positive, positive_int, run
+from common.cli import Parser, UserError, each, natural, non_negative, positive, positive_int, run
+from common.journal import Journal, is_done, journal
 from common.models import (
     check_same_vocabulary,
-    context_length,
     default_dtype,
     load_config,
     load_tokenizer,
     stop_token_ids,
 )
 from common.provenance import data_inputs, model_inputs, provenance
-from common.records import Journal, is_done, journal, sha256, write_records
+from common.records import write_records
 from generation.backends import make_generator
+from generation.flags import add_engine_flags, add_prompt_flags, check_room, prompt_settings, read_prompts
 from generation.interface import Request, Sampling
 from generation.plan import Plan, instances, requests
-from generation.prompts import TEMPLATES, Prompt, load_prompts
 from generation.samplers import (
     as_settings,
     check_count,
@@ -56,10 +58,7 @@ def parser() -> Parser:
         "the policy of the iteration before; needed by the sampler history, in which it stands for the reference",
     )
     p.add("--dataset_name_or_path", "prompts: file(s), folder(s) or hub name(s)", nargs="+", required=True)
-    p.add("--dataset_split", "split of a data set", default="train")
-    p.add("--dataset_key", "field that holds the prompt (default: prompt, messages or context_messages)")
-    p.add("--template", "what is put around the prompt", choices=sorted(TEMPLATES), default="none")
-    p.add("--max_prompt_characters", "leave out templated prompts with more characters", type=positive_int)
+    add_prompt_flags(p)
     p.add(
         "--start",
         "first prompt, counted after the filters; one a slice",
@@ -84,17 +83,10 @@ def parser() -> Parser:
     p.add("--beta", "KL coefficient of the DPO loss, used by the sampler pilaf", type=positive, default=0.1)
     p.add("--K", "responses a prompt (default: the sampler's own, mostly 2)", type=positive_int)
     p.add("--temperature", "0 = greedy", type=non_negative, default=0.7)
-    p.add("--max_new_tokens", "longest response, tokens", type=positive_int, default=128)
-    p.add("--max_input_length", "leave out prompts with more tokens", type=positive_int, default=128)
     p.add("--seed", "of the pairs' and the responses' random streams", type=natural, default=0)
     p.add("--output_file", "where the result goes; one a slice", nargs="+", required=True)
-    p.add("--backend", "what samples", choices=["vllm", "hf"], default="vllm")
-    p.add("--dtype", "default: bfloat16 on a GPU, else float32", choices=["float32", "bfloat16"])
-    p.add("--max_num_seqs", "responses sampled at a time", type=positive_int, default=64)
-    p.add("--tensor_parallel_size", "GPUs that share a model (vllm)", type=positive_int, default=1)
-    p.add("--gpu_memory_utilization", "share of GPU memory for the engine (vllm)", type=fraction, default=0.9)
+    add_engine_flags(p)
     scale_out.add_flag(p)
-    p.add("--trust_remote_code", "run code that comes with a model", action="store_true")
     return p
 
 
@@ -119,40 +111,16 @@ def chosen_models(args: argparse.Namespace, sampler: Mixture) -> tuple[str | Non
     return args.model_name_or_path if needs_policy else None, second if needs_second else None
 
 
-def read_prompts(args: argparse.Namespace, tokenizer, start: int, end: int | None) -> list[Prompt]:
-    """The prompts of a slice; says how many were too long."""
-    prompts, left_out = load_prompts(
-        args.dataset_name_or_path,
-        tokenizer,
-        args.template,
-        args.max_input_length,
-        args.max_prompt_characters,
-        start,
-        end,
-        args.dataset_split,
-        args.dataset_key,
-    )
-    if left_out:
-        print(f"generate: {left_out} prompts left out as too long")
-    return prompts
-
-
 def check_models(args: argparse.Namespace, policy: str | None, reference: str | None):
     """Refuses, before any weight is loaded, models that cannot do this; returns the tokenizer."""
     trust = args.trust_remote_code
-    longest = args.max_input_length + args.max_new_tokens
     tokenizers, widths = [], set()
     for name, what in ((policy, "policy"), (reference, "reference")):
         if name is None:
             continue
         config = load_config(name, what, trust)
         widths.add(config.get_text_config().vocab_size)
-        room = context_length(config)
-        if room is not None and longest > room:
-            raise UserError(
-                f"--max_input_length {args.max_input_length} + --max_new_tokens {args.max_new_tokens} is more than "
-                f"the {room} tokens that the {what} {name} can read"
-            )
+        check_room(args, config, f"{what} {name}")
         tokenizers.append(load_tokenizer(name, what, trust))
     check_same_vocabulary(tokenizers[0], tokenizers[-1])
     if len(widths) > 1:
@@ -164,24 +132,14 @@ def settings_of(
     args: argparse.Namespace, sampler: Mixture, pairs: Pairs, policy: str | None, reference: str | None
 ) -> dict:
     """Everything that the responses depend on, but for the slice; and the rule that makes pairs of them."""
-    kept = (
-        "dataset_key",
-        "template",
-        "max_prompt_characters",
-        "K",
-        "temperature",
-        "max_new_tokens",
-        "max_input_length",
-        "seed",
-    )
-    names = args.dataset_name_or_path
+    kept = ("K", "temperature", "max_new_tokens", "seed", "backend", "dtype")
     return {
         "policy": policy,
         "reference": reference,
-        "dataset": {name: sha256(name) if Path(name).is_file() else args.dataset_split for name in names},
+        **prompt_settings(args),
         "sampler": as_settings(pairs),
         "choose_type": sampler.choose,
-        **{name: getattr(args, name) for name in (*kept, "backend", "dtype")},
+        **{name: getattr(args, name) for name in kept},
     }
 
 
@@ -250,7 +208,7 @@ def sample(
             finish(part, book, made_from)
         if is_complete(todo, books):
             return
-        generator = start()
+        generator = stack.enter_context(contextlib.closing(start()))
         bar = stack.enter_context(progress(sum(part.size for part in todo), sum(len(b.rows) for b in books)))
         tokens = 0
         for response in generator.generate(missing(todo, books), sampling):
@@ -311,4 +269,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(each(main))

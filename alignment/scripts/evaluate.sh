@@ -3,9 +3,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
 one_machine
 
-while read -r n label <&3; do
-    if is_trained "$n" "$label"; then generate_for_evaluation "$n" "$label"; fi
-done 3< <(all_models)
+run_for_models 0 "evaluate: generate" generation/generate.py evaluation_flags
 annotate_for_evaluation "$REWARD_MODEL" "$REWARD_TEMPLATE" eval_rewarded_data
 if [[ -n $JUDGE_MODEL ]]; then annotate_for_evaluation "$JUDGE_MODEL" "$JUDGE_TEMPLATE" eval_judged_data; fi
 summarize

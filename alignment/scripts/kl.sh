@@ -3,7 +3,5 @@
 source "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
 one_machine
 
-while read -r n label <&3; do
-    if ((n > 0)) && is_trained "$n" "$label"; then measure_kl "$n" "$label"; fi
-done 3< <(all_models)
+run_for_models 1 KL evaluation/get_kl.py kl_flags
 summarize

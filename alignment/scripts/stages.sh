@@ -35,17 +35,37 @@ sampler_flags() {
     if [[ -n $K ]]; then SAMPLER_FLAGS+=(--K "$K"); fi
 }
 
-# Responses for iteration $1 with sampler $2, from the model of the iteration before.
+# Runs the script $2 as the stage $1 for each "iteration label" that follows $3, all in one process: Python and its
+# libraries start once. The function $3, given an iteration and a label, puts its flags into FLAGS.
+run_each() {
+    local stage=$1 script=$2 flags_of=$3 n label words=()
+    shift 3
+    while read -r n label; do
+        "$flags_of" "$n" "$label"
+        words+=(${words[0]:+--then} "${FLAGS[@]}")
+    done < <(printf '%s\n' "$@")
+    run "$stage" "$VLLM_PYTHON" "$ALIGNMENT/$script" "${words[@]}"
+}
+
+# Responses for iteration $1 with each of the samplers that follow.
 generate() {
+    local n=$1
+    shift
+    run_each "generate iter$n" generation/generate.py generation_flags "${@/#/$n }"
+}
+
+# For iteration $1 with sampler $2, from the model of the iteration before.
+generation_flags() {
     local n=$1 sampler=$2
     local before=$((n > 1 ? n - 2 : 0))
     prompt_flags; engine_flags; scale_flags "$TENSOR_PARALLEL_SIZE"; sampler_flags "$n" "$sampler"
-    run "generate iter$n $sampler" "$VLLM_PYTHON" "$ALIGNMENT/generation/generate.py" \
-        --model_name_or_path "$(model_of $((n - 1)) "$sampler")" --ref_model_name_or_path "$BASE_MODEL" \
-        --previous_model_name_or_path "$(model_of "$before" "$sampler")" \
-        "${PROMPT_FLAGS[@]}" --start "$TRAIN_START" --end "$TRAIN_END" "${SAMPLER_FLAGS[@]}" --beta "$BETA" \
-        --temperature "$TEMPERATURE" "${ENGINE_FLAGS[@]}" "${SCALE_FLAGS[@]}" --seed $((SEED * 1000 + n)) \
+    FLAGS=(
+        --model_name_or_path "$(model_of $((n - 1)) "$sampler")" --ref_model_name_or_path "$BASE_MODEL"
+        --previous_model_name_or_path "$(model_of "$before" "$sampler")"
+        "${PROMPT_FLAGS[@]}" --start "$TRAIN_START" --end "$TRAIN_END" "${SAMPLER_FLAGS[@]}" --beta "$BETA"
+        --temperature "$TEMPERATURE" "${ENGINE_FLAGS[@]}" "${SCALE_FLAGS[@]}" --seed $((SEED * 1000 + n))
         --output_file "$(gen_data "$n" "$sampler")"
+    )
 }
 
 annotate() {
@@ -97,14 +117,25 @@ train() {
         --save_strategy "$SAVE_STRATEGY" --save_steps "$SAVE_STEPS" --report_to "$REPORT_TO" --seed "$SEED" "${precision[@]}"
 }
 
-# Responses of the model $1 $2 (iteration, label) to the test prompts and to the train prompts, with one engine start.
-generate_for_evaluation() {
+# Evaluates every trained model from iteration $1 on; the rest are arguments of `run_each`.
+run_for_models() {
+    local first=$1 n label models=()
+    shift
+    while read -r n label; do
+        if ((n >= first)) && is_trained "$n" "$label"; then models+=("$n $label"); fi
+    done < <(all_models)
+    if ((${#models[@]})); then run_each "$@" "${models[@]}"; fi
+}
+
+# Responses of the model $1 $2 to the test prompts and to the train prompts, with one engine start.
+evaluation_flags() {
     prompt_flags; engine_flags; scale_flags "$TENSOR_PARALLEL_SIZE"
-    run "evaluate: generate $2 iter$1" "$VLLM_PYTHON" "$ALIGNMENT/generation/generate.py" \
-        --model_name_or_path "$(model_of "$1" "$2")" "${PROMPT_FLAGS[@]}" --sampler online \
-        --start "$TEST_START" "$TRAIN_START" --end "$TEST_END" "$EVAL_TRAIN_END" \
-        --K "$EVAL_K" --temperature "$EVAL_TEMPERATURE" "${ENGINE_FLAGS[@]}" "${SCALE_FLAGS[@]}" --seed $((SEED * 1000)) \
+    FLAGS=(
+        --model_name_or_path "$(model_of "$1" "$2")" "${PROMPT_FLAGS[@]}" --sampler online
+        --start "$TEST_START" "$TRAIN_START" --end "$TEST_END" "$EVAL_TRAIN_END"
+        --K "$EVAL_K" --temperature "$EVAL_TEMPERATURE" "${ENGINE_FLAGS[@]}" "${SCALE_FLAGS[@]}" --seed $((SEED * 1000))
         --output_file "$(eval_gen_data 0 "$2" "$1")" "$(eval_gen_data 1 "$2" "$1")"
+    )
 }
 
 # Scores of all evaluated responses by one reward model: $1 its name, $2 its template, $3 the function that names files.
@@ -123,14 +154,15 @@ annotate_for_evaluation() {
         "${SCALE_FLAGS[@]}" --output_file "${outputs[@]}"
 }
 
-# KL from the base model of the model $1 $2 (iteration, label), on held-out prompts.
-measure_kl() {
+# KL from the base model of the model $1 $2, on held-out prompts.
+kl_flags() {
     prompt_flags; engine_flags
-    run "KL $2 iter$1" "$VLLM_PYTHON" "$ALIGNMENT/evaluation/get_kl.py" \
-        --model_name_or_path "$(model_of "$1" "$2")" --ref_model_name_or_path "$BASE_MODEL" "${PROMPT_FLAGS[@]}" \
-        --start "$TEST_START" --end $((TEST_START + KL_PROMPTS)) --temperature "$KL_TEMPERATURE" \
-        "${ENGINE_FLAGS[@]}" --seed $((SEED * 1000)) \
+    FLAGS=(
+        --model_name_or_path "$(model_of "$1" "$2")" --ref_model_name_or_path "$BASE_MODEL" "${PROMPT_FLAGS[@]}"
+        --start "$TEST_START" --end $((TEST_START + KL_PROMPTS)) --temperature "$KL_TEMPERATURE"
+        "${ENGINE_FLAGS[@]}" --seed $((SEED * 1000))
         --output_file "$(kl_result "$2" "$1")"
+    )
 }
 
 # Table, figures and report of everything that is there.

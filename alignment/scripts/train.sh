@@ -2,20 +2,21 @@
 # shellcheck shell=bash source-path=SCRIPTDIR
 source "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
 
-# Of several machines, which share RUN_DIR, the first one makes the data; all take part in training.
+# Iteration $1 with each of the samplers that follow. Of several machines, which share RUN_DIR, the first one makes the
+# data; all take part in training.
 iterate() {
-    if ((MACHINE_RANK == 0)); then
-        generate "$1" "$2"
-        annotate "$1" "$2"
-    else
-        wait_for "$(rewarded_data "$1" "$2")"
-    fi
-    train "$1" "$2"
+    local n=$1 sampler
+    shift
+    if ((MACHINE_RANK == 0)); then generate "$n" "$@"; fi
+    for sampler in "$@"; do
+        if ((MACHINE_RANK == 0)); then annotate "$n" "$sampler"; else wait_for "$(rewarded_data "$n" "$sampler")"; fi
+        train "$n" "$sampler"
+    done
 }
 
 # Iteration 1 is on-policy from the base model, and shared.
 if [[ -z $ITER1_MODEL ]]; then iterate 1 online; fi
-for ((n = 2; n <= ITERS; n++)); do
-    for sampler in $SAMPLERS; do iterate "$n" "$sampler"; done
-done
+# shellcheck disable=SC2206  # a list of checked names
+samplers=($SAMPLERS)
+for ((n = 2; n <= ITERS; n++)); do iterate "$n" "${samplers[@]}"; done
 echo "trained: $RUN_DIR/models"
