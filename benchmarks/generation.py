@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.harness import ASSETS, Row, growth_row, medians, report, seconds  # isort: skip (before torch)
+from benchmarks.harness import ASSETS, Row, growth_row, medians, report, seconds, shares  # isort: skip (before torch)
 
 import torch
 
@@ -86,6 +86,7 @@ class Engine:
         self.generator = VLLMGenerator(POLICY, reference, args.dtype, longest, max_num_seqs=args.slots)
 
     def generate(self, wanted: list[Request], sampling: Sampling) -> int:
+        self.generator.llm.reset_prefix_cache()  # prompts of the turn before are not remembered
         return sum(response.num_tokens for response in self.generator.generate(wanted, sampling))
 
 
@@ -159,15 +160,16 @@ def main() -> None:
     times, tokens = measure_all(sides, sampling)
     prompt = statistics.mean(len(request.prompt_ids) for request in wanted)
     floors = limits(loop.models[0], args.dtype, min(args.slots, len(wanted)), prompt, args.max_new_tokens)
-    report("Generation", words(args, wanted), rows(times, tokens, floors))
+    bound = shares(lambda: ours.generate(wanted, sampling))
+    report("Generation", words(args, wanted), rows(times, tokens, floors, bound))
 
 
-def rows(times: dict[str, float], tokens: dict[str, int], floors: tuple[float, float]) -> list[Row]:
+def rows(
+    times: dict[str, float], tokens: dict[str, int], floors: tuple[float, float], bound: str
+) -> list[Row]:
     """The table's lines."""
     rate = {name: tokens[name] / times[name] for name in times}
     figures = {name: f"{value:.0f} tokens/s" for name, value in rate.items()}
-    share = rate[MIXTURE] / min(floors)
-    bound = f"matrix products of two models: {share:.0%} of what the machine's product and bandwidth allow"
     limit = f"{min(floors):.0f} tokens/s (memory {floors[0]:.0f}, arithmetic {floors[1]:.0f})"
     return [
         Row(

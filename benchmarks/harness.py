@@ -26,6 +26,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 REPETITIONS = 3
 GROWTH = 4.4  # four times the work may take this many times as long
+# What torch's profiler calls the two kinds of work that a transformer needs; all else could be spared in principle.
+KINDS = {
+    "attention": ("scaled_dot_product", "flash_attention", "cpu_attention"),
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "mkldnn_linear", "onednn"),
+}
 HEAD = ("case", "baseline", "ours", "ratio", "to reach", "limit", "bound by")
 
 
@@ -80,6 +85,20 @@ def seconds(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
+
+
+def shares(work: Callable[[], object]) -> str:
+    """What the processor does in it: for example "matrix products 78%, attention 7%"."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
+        work()
+    parts = dict.fromkeys(("matrix products", "attention", "rest"), 0.0)
+    for event in profiler.key_averages():
+        kinds = (kind for kind, names in KINDS.items() if any(name in event.key for name in names))
+        parts[next(kinds, "rest")] += event.self_cpu_time_total
+    total = sum(parts.values())
+    return ", ".join(f"{name} {part / total:.0%}" for name, part in parts.items() if name != "rest")
 
 
 def growth_row(case: str, once: float, four_times: float, bound_by: str = "-") -> Row:

@@ -11,27 +11,23 @@ sides take turns. Two epochs: each side in a process of its own, whose peak memo
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(PROJECT / "alignment"))
-os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # trl asks the hub, too
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.harness import ASSETS, Row, growth_row, medians, report, seconds, shares  # isort: skip (first)
+
+from benchmarks.machine import multiply_rate
 from common.cli import UserError, run
 from common.models import encode_prompt, encode_response, load_causal_lm, load_tokenizer, render_chat
 
-ASSETS = PROJECT / "alignment" / "assets"
-STEP_PAIRS, EPOCH_PAIRS, EPOCH_BATCH, MORE = 8, 4, 4, 4  # MORE: times the pairs
+STEP_PAIRS, EPOCH_PAIRS, EPOCH_BATCH, MORE = 4, 4, 4, 4  # MORE: times the pairs
 RESPONSE_TOKENS, MAX_LENGTH = 32, 128  # the quickstart's
-GROWTH = 4.4  # the most that the time may grow with MORE times the work
 # Two epochs: trl with a reference model in every step, ours with one, ours with one pass before.
 SIDES = ("trl", "inside", "before")
 
@@ -172,18 +168,6 @@ def in_a_process(side: str, pairs: int, args) -> dict:
 # --- Measuring --------------------------------------------------------------------------------------------------
 
 
-def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def medians(sides: list[Callable[[], object]], repetitions: int) -> list[float]:
-    """Median seconds of each side, the sides taking turns."""
-    times = [[seconds(side) for side in sides] for _ in range(repetitions)]
-    return [statistics.median(column) for column in zip(*times, strict=True)]
-
-
 def agree(one: list[float], other: list[float]) -> None:
     """Raises where the sides have not computed the same."""
     if len(one) != len(other) or any(abs(a - b) > 2e-3 for a, b in zip(one, other, strict=True)):
@@ -217,48 +201,17 @@ def least_flops(model, rows: list[dict]) -> float:
     return 6 * (layers * tokens + head.weight.numel() * batch["response_mask"].sum().item() + scores)
 
 
-def matmul_rate(size: int = 1024) -> float:
-    """Float32 FLOP/s of a matrix product: the best of some."""
-    import torch
-
-    a, b = torch.randn(2, size, size).unbind()
-    return 2 * size**3 / min(seconds(lambda: a @ b) for _ in range(20))
+def row(case: str, baseline: float, ours: float, unit: str, *rest: str) -> Row:
+    """A line of the table; the ratio is baseline / ours."""
+    return Row(case, f"{baseline:.2f} {unit}", f"{ours:.2f} {unit}", f"{baseline / ours:.2f}", *rest)
 
 
-def shares(work: Callable[[], object]) -> str:
-    """What the processor does in it: 'matrix products 78%, attention 7%'."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        work()
-    parts = {"matrix products": 0.0, "attention": 0.0, "rest": 0.0}
-    for event in profiler.key_averages():
-        kind = "matrix products" if event.key in ("aten::mm", "aten::addmm", "aten::bmm") else "rest"
-        kind = "attention" if "scaled_dot_product" in event.key else kind
-        parts[kind] += event.self_cpu_time_total
-    total = sum(parts.values())
-    return ", ".join(f"{name} {part / total:.0%}" for name, part in list(parts.items())[:2])
-
-
-def line(case: str, baseline: float, ours: float, unit: str, to_reach: str, limit: str, bound: str) -> None:
-    """Prints a row of the table; the ratio is baseline / ours."""
-    ratio = f"{baseline / ours:.2f}"
-    print(
-        f"| {case} | {baseline:.2f} {unit} | {ours:.2f} {unit} | {ratio} | {to_reach} | {limit} | {bound} |",
-        flush=True,
-    )
-
-
-def growth(less: float, more: float) -> str:
-    return f"{more / less:.2f}x the time of a {MORE}th of the pairs (at most {GROWTH})"
-
-
-def step_lines(args, output_dir: str) -> None:
+def step_rows(args, output_dir: str) -> list[Row]:
     """One optimizer step at STEP_PAIRS and at MORE times as many."""
     from dpo_iteration.run_dpo import make_trainer
 
     rows = read_rows(args.model, args.pairs, MORE * STEP_PAIRS)
-    rows = [{**row, "ref_chosen_logps": -70.0, "ref_rejected_logps": -80.0} for row in rows]
+    rows = [{**pair, "ref_chosen_logps": -70.0, "ref_rejected_logps": -80.0} for pair in rows]
     few = rows[:STEP_PAIRS]
     theirs = trl_trainer(args.model, rows, STEP_PAIRS, output_dir, reference=False)
     ours = make_trainer(*our_options(args.model, STEP_PAIRS, output_dir), rows, [])
@@ -266,7 +219,7 @@ def step_lines(args, output_dir: str) -> None:
         trainer.create_optimizer()
     for _ in range(2):  # the second loss shows whether the first step did the same
         agree([one_step(theirs, few)], [one_step(ours, few)])
-    rate, bound = matmul_rate(), shares(lambda: one_step(ours, few))
+    bound, rate = shares(lambda: one_step(ours, few)), multiply_rate("float32")
 
     def padded() -> None:
         ours.share = False
@@ -274,24 +227,36 @@ def step_lines(args, output_dir: str) -> None:
         ours.share = True
 
     def limit(part: list[dict]) -> str:
-        return f"{least_flops(ours.model, part) / rate:.2f} s at {rate / 1e9:.0f} GFLOP/s"
+        return f"{least_flops(ours.model, part) / rate:.2f} s"
 
-    print("## Training\n")
-    print("| case | baseline | ours | ratio | to reach | limit | bound by |\n" + "|---" * 7 + "|")
-    sides = [lambda: one_step(theirs, few), padded, lambda: one_step(ours, few)]
-    trl, alone, shared = medians(sides, args.repetitions)
-    sides = [lambda: one_step(theirs, rows), lambda: one_step(ours, rows)]
-    trl_more, shared_more = medians(sides, args.repetitions)
+    sides = {
+        "trl": lambda: one_step(theirs, few),
+        "padded": padded,
+        "ours": lambda: one_step(ours, few),
+        "trl, 4x": lambda: one_step(theirs, rows),
+        "ours, 4x": lambda: one_step(ours, rows),
+    }
+    times = medians({name: lambda side=side: seconds(side) for name, side in sides.items()}, args.repetitions)
     case = f"step of {len(few)} pairs, trl's trainer"
-    line(f"{case}; ours padded", trl, alone, "s", ">= 1.0", "-", "-")
-    line(f"{case}; ours", trl, shared, "s", ">= 1.2", limit(few), bound)
-    case = f"step of {len(rows)} pairs, trl's trainer; ours"
-    line(case, trl_more, shared_more, "s", ">= 1.2", limit(rows), growth(shared, shared_more))
+    return [
+        row(f"{case}; ours padded", times["trl"], times["padded"], "s", ">= 1.0"),
+        row(f"{case}; ours", times["trl"], times["ours"], "s", ">= 1.2", limit(few), bound),
+        row(
+            f"step of {len(rows)} pairs, trl's trainer; ours",
+            times["trl, 4x"],
+            times["ours, 4x"],
+            "s",
+            ">= 1.2",
+            limit(rows),
+            bound,
+        ),
+        growth_row("step of ours, 4x the pairs", times["ours"], times["ours, 4x"]),
+    ]
 
 
-def epoch_lines(args) -> None:
+def epoch_rows(args) -> list[Row]:
     """Two epochs with the reference model in every step (trl's and ours) and with one pass before."""
-    wholes = []
+    found, wholes = [], []
     for pairs, turns in ((EPOCH_PAIRS, args.repetitions), (MORE * EPOCH_PAIRS, 1)):
         turns = [{side: in_a_process(side, pairs, args) for side in SIDES} for _ in range(turns)]
         for side in SIDES[1:]:
@@ -302,21 +267,23 @@ def epoch_lines(args) -> None:
 
         inside, training = median("inside", "training"), median("before", "training")
         wholes.append(training + median("before", "pass"))
-        bound = growth(*wholes) if wholes[1:] else "as the steps above"
         case = f"2 epochs of {pairs} pairs, reference in every step"
-        line(f"{case}; training after a pass", inside, training, "s", ">= 1.3", "1.33", "-")
-        line(f"{case}; pass and training", inside, wholes[-1], "s", "-", "1.14", bound)
-        line(f"{case} by trl; pass and training", median("trl", "training"), wholes[-1], "s", "-", "-", bound)
         peaks = [median(side, "peak") / 2**30 for side in ("inside", "before")]
         less = f"{peaks[0] - peaks[1]:.2f} GiB less; the model: {size_gib(args.model):.2f}"
-        line(f"{case}; after a pass: peak memory", *peaks, "GiB", "-", "-", less)
+        found += [
+            row(f"{case}; training after a pass", inside, training, "s", ">= 1.3", "1.33", "as the steps"),
+            row(f"{case}; pass and training", inside, wholes[-1], "s", "-", "1.14", "as the steps"),
+            row(f"{case} by trl; pass and training", median("trl", "training"), wholes[-1], "s"),
+            row(f"{case}; after a pass: peak memory", *peaks, "GiB", "-", "-", less),
+        ]
+    return [*found, growth_row("pass and training, 4x the pairs", *wholes)]
 
 
 def size_gib(model: str) -> float:
     return load_causal_lm(model, "--model", "float32").get_memory_footprint() / 2**30
 
 
-NOTES = """
+WORDS = """
 Case: the baseline; ours. Step limit: FLOPs of each distinct token once at the rate of a matrix product.
 Limits of the epochs: with a forward pass as a third of a step, a reference in every step makes 4 thirds of 3, and a
 pass before 2 epochs is 1 of 6 thirds more. Peak memory is the process's; the larger epochs ran once.
@@ -340,9 +307,8 @@ def main() -> None:
             rows = read_rows(args.model, args.pairs, args.number)
             print(json.dumps(two_epochs(args.side, args.model, rows, folder)))
             return
-        step_lines(args, folder)
-    epoch_lines(args)
-    print(NOTES)
+        steps = step_rows(args, folder)
+    report("Training", WORDS, steps + epoch_rows(args))
 
 
 if __name__ == "__main__":
