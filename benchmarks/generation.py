@@ -187,7 +187,7 @@ def rows(
             figures[MIXTURE],
             f"{rate[MIXTURE] / rate[ALONE]:.2f}",
             ">= 0.48",
-            "0.5: two equal models",
+            "0.5 where the models' work is all",
             "the second model",
         ),
         growth_row("mixture, 4x the prompts", times[MIXTURE], times["4x"]),

@@ -36,8 +36,8 @@ def stage_seconds(run_dir: Path) -> dict[str, list[float]]:
     kinds = defaultdict(list)
     for line in path.read_text().splitlines():
         stage, seconds = line.split("\t")
-        # "generate iter2 mixp", "evaluate: generate mixp iter2" → without iteration and sampler
-        kinds[re.sub(r"( iter\d+ \S+| \S+ iter\d+| with \S+)$", "", stage)].append(float(seconds))
+        # "generate iter2", "train iter2 mixp", "evaluate: annotate with judge" → without what differs
+        kinds[re.sub(r"( iter\d+( \S+)?| with \S+)$", "", stage)].append(float(seconds))
     return kinds
 
 

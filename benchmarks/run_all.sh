@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Every benchmark in turn, about 20 minutes on 2 quiet cores; the tables go to benchmarks/results/<machine>.md.
+# Every benchmark in turn, about 40 minutes on 2 quiet cores; the tables go to benchmarks/results/<machine>.md.
 #   bash benchmarks/run_all.sh
-#   bash benchmarks/run_all.sh annotation kl          only these
+#   bash benchmarks/run_all.sh annotation kl          only these; the tables of the others stay as they are
 # It needs the quickstart's models: `bash quickstart.sh` or `bash alignment/scripts/quickstart_assets.sh` makes them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -17,11 +17,10 @@ for stage in "${STAGES[@]}"; do [[ -f benchmarks/$stage.py ]] || die "no benchma
 
 RESULTS=benchmarks/results/$("$PYTHON" benchmarks/machine.py --name).md
 mkdir -p benchmarks/results
-"$PYTHON" benchmarks/machine.py >"$RESULTS.tmp"
+MACHINE=$("$PYTHON" benchmarks/machine.py)
 for stage in "${STAGES[@]}"; do
     echo "run_all.sh: $stage" >&2
-    "$PYTHON" "benchmarks/$stage.py" >>"$RESULTS.tmp" || die "$stage failed; what was measured is in $RESULTS.tmp"
-    echo >>"$RESULTS.tmp"
+    tables=$("$PYTHON" "benchmarks/$stage.py") || die "$stage failed"
+    printf '# Benchmarks\n\n%s\n\n%s\n' "$MACHINE" "$(sed -n '/^## /,$p' <<<"$tables")" | "$PYTHON" benchmarks/merge.py "$RESULTS"
 done
-mv "$RESULTS.tmp" "$RESULTS"
 echo "run_all.sh: $RESULTS"

@@ -151,7 +151,7 @@ def _as_response(output, sampling: Sampling) -> Response:
 def _import_vllm():
     """vLLM's class `LLM`, imported without the garbage collector, which is to leave it alone afterwards.
 
-    Imports make a million objects and no garbage, and vLLM collects it again and again when an engine starts and ends.
+    Imports make a million objects and no garbage, and vLLM collects again and again when an engine starts and ends.
     """
     gc.disable()
     try:

@@ -10,16 +10,16 @@ default PROMPTS "$ASSETS/prompts.jsonl"
 default TEMPLATE chat
 default MAX_PROMPT_LENGTH 96
 default MAX_NEW_TOKENS 32
-default MAX_NUM_SEQS 96  # all responses of a stage at once
+default MAX_NUM_SEQS 96  # what the engine's 1 GiB of cache holds
 default MAX_LENGTH 128
 default NEEDS_GPU 0
 default GPUS 0
 
 default TRAIN_START 0
-default TRAIN_END 40
+default TRAIN_END 80
 default TEST_START 400
-default TEST_END 448
-default KL_PROMPTS 32
+default TEST_END 496
+default KL_PROMPTS 64
 default TEMPERATURE 1.0  # at 0.7 the small model's two responses are often alike
 
 # The reward model compares responses as it was trained: through its own chat template.
@@ -29,7 +29,7 @@ default MARGIN_SCALE 4
 default LEARNING_RATE 2e-5  # 135M parameters and few steps: 40 times the paper's
 default LR_SCHEDULER linear
 default WARMUP_STEPS 0
-default GLOBAL_BATCH 8
+default GLOBAL_BATCH 16
 default PER_DEVICE_BATCH 8
 default ACCELERATE_CONFIG single
 default GRADIENT_CHECKPOINTING False

@@ -11,7 +11,7 @@ run "human labels" "$RLHFLOW_PYTHON" "$ALIGNMENT/reward_model/human_labels.py" -
 
 # The judge learns from other prompts, in another order, than the reward model that training sees.
 train_reward_model() {
-    run "train $1" "$RLHFLOW_PYTHON" "$ALIGNMENT/reward_model/train_reward_model.py" \
+    run "train $(basename "$1")" "$RLHFLOW_PYTHON" "$ALIGNMENT/reward_model/train_reward_model.py" \
         --model_name_or_path "$ASSETS/encoder" --train_file "$ASSETS/$2" --output_dir "$1" \
         --trainable_layers 2 --max_steps 60 --seed "$3"
 }
