@@ -129,7 +129,7 @@ def two_epochs(side: str, model: str, rows: list[dict], output_dir: str) -> dict
         logps = [[0.0, 0.0]] * len(rows)
         if side == "before":
             start = time.perf_counter()
-            logps = reference.compute(rows, options, training, "float32", autocast=False)
+            logps = reference.compute(rows, model, options, training, "float32", autocast=False)
             before = time.perf_counter() - start
         rows = [
             {**row, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}

@@ -116,7 +116,7 @@ def environment(place: Path, driver: str = TRAIN) -> dict[str, str]:
         "REWARD_MODEL": place / "reward",
         "JUDGE_MODEL": place / "judge",
         "PROMPTS": place / "prompts.json",
-        "SAMPLERS": "mixp",
+        "SAMPLERS": "online mixp",  # in one process, one after the other
         "ITERS": 2 if driver == TRAIN else 1,
         "BACKEND": "hf",
         "GENERATION_DTYPE": "float32",
@@ -258,7 +258,7 @@ def test_every_moment_was_a_kill(runs):
     assert runs.counted["kills"] == len(MOMENTS) >= 20
 
 
-@pytest.mark.parametrize(("name", "count"), [("trained", 4), ("evaluated", 20)])
+@pytest.mark.parametrize(("name", "count"), [("trained", 6), ("evaluated", 22)])
 def test_data_and_results_are_byte_identical(runs, name, count):
     killed = getattr(runs, name)
     files = [
@@ -276,7 +276,7 @@ def test_data_and_results_are_byte_identical(runs, name, count):
 
 
 def test_training_is_the_same(runs):
-    for name in ("rlhflow_iter1", "rlhflow_iter2_mixp"):
+    for name in ("rlhflow_iter1", "rlhflow_iter2_online", "rlhflow_iter2_mixp"):
         folders = [runs.undisturbed / "run/models" / name, runs.trained / "run/models" / name]
         states = [json.loads((folder / "trainer_state.json").read_text()) for folder in folders]
         losses = [[e["loss"] for e in state["log_history"] if "loss" in e] for state in states]
@@ -309,8 +309,8 @@ def test_no_work_is_done_twice(runs):
     # Killed once while a checkpoint was written and twice after the last step, which has none.
     assert 0 <= repeated <= 3
     assert text.count("continuing from") == 3
-    # One an iteration, and one that was killed before its file had its name.
-    assert passes == 3
+    # One a training, and one that was killed before its file had its name.
+    assert passes == 4
     assert runs.counted["rows found again"] > 0
 
 

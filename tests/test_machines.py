@@ -70,17 +70,21 @@ def steps(cluster: dict) -> list[tuple[dict, list[str]]]:
 
 
 def test_only_the_first_machine_makes_data_and_all_train():
-    common = {"NUM_MACHINES": "2", "MASTER_ADDR": "head", "ITERS": "2", "SAMPLERS": "mixp", "RUN_DIR": "/run"}
+    common = {"NUM_MACHINES": "2", "MASTER_ADDR": "head", "ITERS": "2", "RUN_DIR": "/run"}
+    common["SAMPLERS"] = "gshf mixp"
     first = plan("sample_train_safe_rlhf.sh", MACHINE_RANK="0", **common)
     second = plan("sample_train_safe_rlhf.sh", MACHINE_RANK="1", **common)
-    assert [stage for stage, _ in first] == [
-        stage
-        for n, sampler in ((1, "online"), (2, "mixp"))
-        for stage in (f"generate iter{n}", f"annotate iter{n} {sampler}", f"train iter{n} {sampler}")
-    ]
-    assert [stage for stage, _ in second] == ["wait", "train iter1 online", "wait", "train iter2 mixp"]
-    written = [flag(words, "--output_file") for stage, words in first if stage.startswith("annotate")]
-    assert [words for stage, words in second if stage == "wait"] == [[path] for path in written]
+    iterations = ((1, ["online"]), (2, ["gshf", "mixp"]))
+    made, waited = [], []
+    for n, samplers in iterations:
+        made += [f"generate iter{n}"]
+        waited += [f"/run/data/gen_data_iter{n}_{sampler}.json" for sampler in samplers]
+        for sampler in samplers:
+            made += [f"annotate iter{n} {sampler}", f"train iter{n} {sampler}"]
+            waited += [f"/run/data/data_with_rewards_iter{n}_{sampler}.json", f"train iter{n} {sampler}"]
+    assert [stage for stage, _ in first] == made
+    # Not until all of an iteration is generated: the processes of a training wait for each other minutes only.
+    assert [words[0] if stage == "wait" else stage for stage, words in second] == waited
     for stage in ("train iter1 online", "train iter2 mixp"):
         one, two = dict(first)[stage], dict(second)[stage]
         assert (flag(one, "--machine_rank"), flag(two, "--machine_rank")) == ("0", "1")
@@ -118,7 +122,8 @@ def test_slurm_plan(cluster):
         assert (flag(words, "--num_machines"), flag(words, "--num_processes")) == ("2", "16")
         assert flag(words, "--main_process_ip") == "127.0.0.1"
         assert flag(words, "--main_process_port") == "22345"
-    assert done.stdout.count("[generate iter1]") == 1 == done.stdout.count("[wait]")
+    assert done.stdout.count("[generate iter1]") == 1
+    assert done.stdout.count("[wait]") == 2  # for the responses, for their rewards
 
 
 def test_slurm_on_one_node_needs_no_ray(cluster):

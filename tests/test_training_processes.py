@@ -196,14 +196,21 @@ def zero3(zero_data):
 
 WATCH_THE_REFERENCE = """
 from dpo_iteration import reference
-sharded = reference.sharded
+sharded, free = reference.sharded, reference.free
+shards = []
 
 def watched(*arguments):
     engine = sharded(*arguments)
     os.write(1, b'whole reference weights: %d\\n' % sum(p.numel() for p in engine.module.parameters()))
+    shards.extend(p.ds_tensor for p in engine.module.parameters())
+    os.write(1, b'shards: %d\\n' % (sum(s.untyped_storage().nbytes() for s in shards) > 0))
     return engine
 
-reference.sharded = watched
+def freed(engine):
+    free(engine)
+    os.write(1, b'shards left: %d bytes\\n' % sum(s.untyped_storage().nbytes() for s in shards))
+
+reference.sharded, reference.free = watched, freed
 """
 
 
@@ -218,6 +225,7 @@ def test_zero3_equals_one_process(zero_data, zero3):
     assert "sequences are padded" not in zero3  # prefixes are shared under ZeRO-3, too
     assert zero3.count("whole weights: 0\n") == 8  # two processes, four steps: all weights are in shards
     assert zero3.count("whole reference weights: 0\n") == 2  # and those of the reference in its pass
+    assert zero3.count("shards: 1\n") == 2 == zero3.count("shards left: 0 bytes\n")
     check_equal_training(zero_data[0], "zero3", zero_data[3])
 
 

@@ -46,7 +46,7 @@ def parser() -> Parser:
     flags.add("--max_length", "tokens kept of a text; without it what the model allows", type=positive_int)
     flags.add(
         "--token_budget",
-        "most tokens, padding included, in one batch; without it 16384 on a GPU, 2048 on a CPU",
+        "most tokens, padding included, in one batch; without it 16384 where this machine has a GPU, else 2048",
         type=positive_int,
     )
     flags.add("--dtype", "float32 or bfloat16; without it bfloat16 on a GPU", choices=("float32", "bfloat16"))

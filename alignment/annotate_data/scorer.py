@@ -29,12 +29,13 @@ class Batch(NamedTuple):
 
 
 class TextBatches:
-    """What the reward model reads of texts, in batches that depend on the texts alone; it needs no weights.
+    """What the reward model reads of texts, in batches that depend on texts and token budget alone; without weights.
 
     Args:
         name: a folder or hub name of an `AutoModelForSequenceClassification`.
         max_length: tokens kept of a text; None = what the tokenizer or the model allows.
-        token_budget: most tokens, padding included, in one forward pass; None = what suits the device.
+        token_budget: most tokens, padding included, in one forward pass; None = what suits this machine's
+            device, see TOKEN_BUDGET.
         trust_remote_code: whether the model may bring its own Python code.
 
     Attributes:

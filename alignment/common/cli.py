@@ -7,11 +7,10 @@ Usage in a script::
         ...
 
     if __name__ == "__main__":
-        run(main)
+        run(main)  # run(each(main)) where several command lines may follow one another
 """
 
 import argparse
-import itertools
 import os
 import signal
 import sys
@@ -82,13 +81,21 @@ def run(main: Callable[[], None]) -> None:
 def each(main: Callable[[], None]) -> Callable[[], None]:
     """A `main` for several command lines in turn, `FLAGS --then FLAGS`: the libraries are imported once for all.
 
-    What is wrong with a later one is found when its turn comes; what the earlier ones wrote stays.
+    What is wrong with a later one is found when its turn comes; what the earlier ones wrote stays. What concerns the
+    machine (number and size of engines) should be the same in all.
     """
 
     def mains() -> None:
         script, *words = sys.argv
-        parts = itertools.groupby(words, lambda word: word == "--then")
-        for flags in [list(flags) for is_separator, flags in parts if not is_separator] or [[]]:
+        lines: list[list[str]] = [[]]
+        for word in words:
+            if word == "--then":
+                lines.append([])
+            else:
+                lines[-1].append(word)
+        for number, flags in enumerate(lines, 1):
+            if len(lines) > 1:
+                print(f"[{number} of {len(lines)}]", flush=True)
             sys.argv = [script, *flags]
             main()
 

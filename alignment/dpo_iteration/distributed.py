@@ -35,7 +35,7 @@ def on_main(work: Callable, *arguments):
 
 
 def share(items: list, even: bool = False) -> list:
-    """This process's part of a list of things to do; `even`: as many as every other process, some of them twice."""
+    """This process's part of a list of things to do; `even`: as many as every other one has, with repetitions."""
     state = PartialState()
     if even:
         items = list(itertools.islice(itertools.cycle(items), len(items) + -len(items) % state.num_processes))
@@ -55,7 +55,7 @@ def shards_models(training) -> bool:
 def sharded(model, dtype: str, training):
     """A model that only scores, as an engine of DeepSpeed: ZeRO-3 gathers a layer's weights when it runs.
 
-    All processes must run it equally often. `destroy()` gives its memory back.
+    All processes must run it equally often. `free` ends it.
     """
     import deepspeed
 
@@ -65,6 +65,13 @@ def sharded(model, dtype: str, training):
     engine = deepspeed.initialize(model=model, config={"zero_optimization": kept, **options})[0]
     engine.eval()
     return engine
+
+
+def free(engine) -> None:
+    """Ends an engine of `sharded`. The shards are emptied here: DeepSpeed keeps the module in a list for ever."""
+    engine.destroy()
+    for parameter in engine.module.parameters():
+        parameter.ds_tensor.data = parameter.ds_tensor.data.new_empty(0)
 
 
 @contextlib.contextmanager

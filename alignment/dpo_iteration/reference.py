@@ -16,7 +16,7 @@ from tqdm import tqdm
 from common.cli import UserError
 from common.models import give_memory_back, load_causal_lm
 from common.records import read_json, write_json
-from dpo_iteration.distributed import gather, on_main, say, sharded, shards_models, share, whole_models
+from dpo_iteration.distributed import free, gather, on_main, say, sharded, shards_models, share, whole_models
 from dpo_iteration.response_logps import SEQUENCES, as_scorer, forms_agree, may_share
 from dpo_iteration.rows import collate
 
@@ -124,7 +124,7 @@ def compute(rows: list[dict], name: str, options, training, dtype: str, autocast
             chosen, rejected = model(**sequences, share=shares).chunk(2)
         found += zip(batch, chosen.tolist(), rejected.tolist(), strict=True)
     if in_shards:
-        model.destroy()
+        free(model)
     del model
     give_memory_back()
     by_row = {index: [chosen, rejected] for index, chosen, rejected in gather(found)}

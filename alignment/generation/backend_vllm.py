@@ -149,9 +149,9 @@ def _as_response(output, sampling: Sampling) -> Response:
 
 
 def _import_vllm():
-    """vLLM's class `LLM`, imported without the garbage collector, which is to leave it alone afterwards.
+    """vLLM's class `LLM`, imported without the garbage collector: imports make a million objects and no garbage.
 
-    Imports make a million objects and no garbage, and vLLM collects again and again when an engine starts and ends.
+    Frozen, they are not looked at when vLLM collects, which it does several times as an engine starts.
     """
     gc.disable()
     try:
@@ -165,7 +165,7 @@ def _import_vllm():
 def _set_environment(tensor_parallel_size: int) -> None:
     """What vLLM reads from the environment when it is imported; a user's own setting wins."""
     # Where Triton is present vLLM would take its second model runner, which refuses the interface through which the
-    # plugin follows batch slots. One runner for all: vLLM reads this once, and engines may follow one another.
+    # plugin follows batch slots. One runner for all samplers, so that they differ in nothing else.
     defaults = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
     if default_device() == "cpu":
         defaults |= {

@@ -9,7 +9,7 @@ Writes  OUT.json: prompts, responses, which pair of the sampler each came from, 
         --dataset_name_or_path prompts.jsonl --sampler mixp --K 2 --temperature 0.7 \\
         --max_new_tokens 128 --max_input_length 128 --output_file OUT.json
 
-For several models: FLAGS --then FLAGS, and so on, starts Python once.
+For several samplers or models: FLAGS --then FLAGS, and so on, starts Python once.
 """
 
 import argparse

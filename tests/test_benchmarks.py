@@ -1,0 +1,43 @@
+"""What the benchmarks do with their figures; the figures themselves are nothing to test on a noisy machine."""
+
+from benchmarks.harness import Row, growth_row, shares, table
+from benchmarks.merge import merged
+from benchmarks.quickstart import stage_seconds
+
+OLD = "# Benchmarks\n\n- CPU: old\n\n## Generation\n\n| old |\n\n## KL\n\nwords\n\n| kept |\n"
+NEW = "# Benchmarks\n\n- CPU: new\n\n## Generation\n\n| new |\n\n\n## Memory\n\n| first |\n\n"
+
+
+def test_sections_that_were_not_measured_again_stay():
+    both = "# Benchmarks\n\n- CPU: new\n\n## Generation\n\n| new |\n\n## KL\n\nwords\n\n| kept |\n"
+    both += "\n## Memory\n\n| first |\n"
+    assert merged(OLD, NEW) == both
+    assert merged("", OLD) == OLD
+    assert merged(both, NEW) == both
+
+
+def test_stages_of_a_kind_are_added_up(tmp_path):
+    lines = ("generate iter1\t3", "train iter1 online\t5", "generate iter2\t4", "train iter2 mix_1_1_1\t7")
+    more = ("evaluate: annotate with judge\t1", "evaluate: annotate with reward_model\t2", "KL\t6")
+    (tmp_path / "stage_seconds.tsv").write_text("\n".join((*lines, *more)) + "\n")
+    assert stage_seconds(tmp_path) == {
+        "generate": [3, 4],
+        "train": [5, 7],
+        "evaluate: annotate": [1, 2],
+        "KL": [6],
+    }
+
+
+def test_a_growth_row_and_its_table():
+    row = growth_row("a|b", 2.0, 9.0)
+    assert row == Row("a|b", "2 s (1x)", "9 s (4x)", "4.50", "<= 4.4", "4", "-")
+    assert table([row]).splitlines()[2].startswith("| a\\|b | 2 s (1x) |")
+
+
+def test_a_profile_of_nothing_but_products():
+    import torch
+
+    matrix = torch.ones(512, 512)
+    words = shares(lambda: [matrix @ matrix for _ in range(20)])
+    assert words.startswith("matrix products ") and words.endswith(", attention 0%")
+    assert int(words.removeprefix("matrix products ").split("%")[0]) > 80
