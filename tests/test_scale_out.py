@@ -243,8 +243,12 @@ def test_two_vllm_engines_on_a_local_ray(place, tmp_path, monkeypatch):
     one, two = ([tmp_path / f"{name}{i}.json" for i in range(3)] for name in ("one", "two"))
     generate(place, one[:2], *more)
     generate(place, one[2], *second)
-    flags = generate_flags(place, two[:2], *more, "--num_engines", 2)
-    result = generate(place, two[2], *second, "--num_engines", 2, "--then", *flags)
+    flags = [
+        generate_flags(place, outputs, *options, "--num_engines", 2)
+        for outputs, options in ((two[2], second), (two[:2], more))
+    ]
+    result = python(GENERATE, *flags[0], "--then", *flags[1])
+    assert result.returncode == 0, result.stderr
     assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
     errors = [line for line in result.stderr.replace("\r", "\n").splitlines() if "response/s" not in line]
     assert not [line for line in errors if "ray" in line.lower()]
