@@ -63,9 +63,8 @@ def main() -> None:
     whole, least = stage_seconds(args.run_dir), stage_seconds(args.least_run_dir)
     if {n: len(t) for n, t in whole.items()} != {n: len(t) for n, t in least.items()}:
         sys.exit("quickstart.py: error: the two runs have other stages")
-    whole = {
-        name: times for name, times in whole.items() if sum(times)
-    }  # without assets that were there already
+    # Without assets that were there already.
+    whole = {name: times for name, times in whole.items() if sum(times)}
     total = sum(map(sum, whole.values()))
     start_up = {name: min(sum(least[name]), sum(times)) for name, times in whole.items()}
     work = {name: sum(times) - start_up[name] for name, times in whole.items()}
