@@ -21,6 +21,6 @@ MACHINE=$("$PYTHON" benchmarks/machine.py)
 for stage in "${STAGES[@]}"; do
     echo "run_all.sh: $stage" >&2
     tables=$("$PYTHON" "benchmarks/$stage.py") || die "$stage failed"
-    printf '# Benchmarks\n\n%s\n\n%s\n' "$MACHINE" "$(sed -n '/^## /,$p' <<<"$tables")" | "$PYTHON" benchmarks/merge.py "$RESULTS"
+    printf '# Benchmarks\n\nThe machine as the last measured section found it; sections may be of other runs.\n\n%s\n\n%s\n' "$MACHINE" "$(sed -n '/^## /,$p' <<<"$tables")" | "$PYTHON" benchmarks/merge.py "$RESULTS"
 done
 echo "run_all.sh: $RESULTS"

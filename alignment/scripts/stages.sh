@@ -40,6 +40,7 @@ sampler_flags() {
 run_each() {
     local stage=$1 script=$2 flags_of=$3 n label words=()
     shift 3
+    (($#)) || return 0
     while read -r n label; do
         "$flags_of" "$n" "$label"
         words+=(${words[0]:+--then} "${FLAGS[@]}")
@@ -124,7 +125,7 @@ run_for_models() {
     while read -r n label; do
         if ((n >= first)) && is_trained "$n" "$label"; then models+=("$n $label"); fi
     done < <(all_models)
-    if ((${#models[@]})); then run_each "$@" "${models[@]}"; fi
+    run_each "$@" "${models[@]}"
 }
 
 # Responses of the model $1 $2 to the test prompts and to the train prompts, with one engine start.
