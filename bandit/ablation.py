@@ -116,9 +116,7 @@ def environments(setting: dict, num_envs: int, seed: int) -> Bandit:
     """num_envs bandits of a setting."""
     rewards = setting["reward_gap"] * draw_rewards("normal", num_envs, setting["num_actions"], seed)
     log_ref = setting["reference"] * rewards
-    return make_bandit(
-        rewards, setting["beta"], log_ref - logsumexp(log_ref), label_noise=setting["label_noise"]
-    )
+    return make_bandit(rewards, setting["beta"], log_ref - logsumexp(log_ref), label_noise=setting["label_noise"])
 
 
 def evaluate(setting: dict, num_envs: int, num_tuning: int, seed: int) -> tuple[tuned.Outcomes, dict]:

@@ -118,9 +118,7 @@ def heat_figure(sweep: Sweep, results: Results) -> plt.Figure:
                 mark_named(axes, sweep, value)
     handles, labels = grid[0, 0].get_legend_handles_labels()
     if handles:
-        canvas.legend(
-            handles, labels, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=7.5
-        )
+        canvas.legend(handles, labels, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=7.5)
     return canvas
 
 
@@ -156,9 +154,7 @@ def lines_figure(sweeps: dict[str, Sweep], results: dict[str, Results], outcome:
     """A panel for each sweep that has the same series."""
     columns = min(3, len(sweeps))
     height = -(-len(sweeps) // columns)
-    canvas, grid = plt.subplots(
-        height, columns, figsize=(max(5.0, 3.1 * columns), 2.6 * height + 0.5), squeeze=False
-    )
+    canvas, grid = plt.subplots(height, columns, figsize=(max(5.0, 3.1 * columns), 2.6 * height + 0.5), squeeze=False)
     for axes, (name, sweep) in zip(grid.flat, sweeps.items(), strict=False):
         draw_lines(axes, sweep, results[name], outcome)
     for axes in list(grid.flat)[len(sweeps) :]:

@@ -23,9 +23,7 @@ EDGES_TO = 32
 INTERPOLATE_FROM = 256
 
 
-def dense(
-    u: np.ndarray, bandit: Bandit, sampler: Sampler, lr: float | str, law: Dense | None = None
-) -> np.ndarray:
+def dense(u: np.ndarray, bandit: Bandit, sampler: Sampler, lr: float | str, law: Dense | None = None) -> np.ndarray:
     """Increment [envs, |Y|] at u for any sampler, with the whole |Y| x |Y| matrix of weights (None: those at u)."""
     weights, log_scale = law or sampler.weights(u, bandit)
     step = gain(lr, sampler, bandit, weights.sum(axis=(1, 2))[:, None], log_scale)
@@ -146,9 +144,7 @@ def fixed_interpolated(bandit: Bandit, sampler: Sampler, lr: float | str) -> Inc
     right = factors.right
 
     def forces(u: np.ndarray) -> np.ndarray:
-        return np.stack(
-            [(a * logistic_sums(x, b)).sum(axis=1) for x, a, b in zip(u, left, right, strict=True)]
-        )
+        return np.stack([(a * logistic_sums(x, b)).sum(axis=1) for x, a, b in zip(u, left, right, strict=True)])
 
     # P* = (1 - 2 eps) sigma(Dr) + 2 eps sigma(0), eps the share of flipped labels.
     flipped = 2 * bandit.label_noise

@@ -65,9 +65,7 @@ def draw_figure(results: Runs, series: str, sizes: tuple[int, int]) -> plt.Figur
     return canvas
 
 
-def save_figures(
-    results: Runs, sizes: tuple[int, int], folder: Path, save: Callable[[Path, Callable], None]
-) -> None:
+def save_figures(results: Runs, sizes: tuple[int, int], folder: Path, save: Callable[[Path, Callable], None]) -> None:
     """Writes linear_{value_diff,param_diff}.{pdf,png} through save(path, write to a path)."""
     with plt.rc_context({**STYLE, "savefig.dpi": 86}):
         for series in ("value_diff", "param_diff"):

@@ -21,7 +21,7 @@ SECOND = (0.0, 1.0)
 WITHIN = "mixed_max_min"
 
 
-class Pair(NamedTuple):
+class WeightPair(NamedTuple):
     """With `probability`, a pair's responses come from `first` and from `second`: each (w_policy, w_second)."""
 
     probability: float
@@ -29,7 +29,7 @@ class Pair(NamedTuple):
     second: tuple[float, float]
 
 
-Pairs = tuple[Pair, ...]
+WeightPairs = tuple[WeightPair, ...]
 
 
 @dataclass(frozen=True)
@@ -46,26 +46,26 @@ class Mixture:
             best and the worst by reward, `implicit_max_min` by implicit reward, `random` any two.
     """
 
-    pairs: Callable[[float], Pairs]
+    pairs: Callable[[float], WeightPairs]
     about: str
     second_model: str = "reference"
     candidates: int = 2
     choose: str = "max_min"
 
 
-def family(a: float, b: float, p: float = 1.0) -> Pairs:
+def family(a: float, b: float, p: float = 1.0) -> WeightPairs:
     """The paper's mixtures: with probability p, y1 from (1 + a, -a) and y2 from (1 - b, b); else both on-policy.
 
     a moves the first side away from the second model, b the second side towards it.
     """
-    mixed = Pair(p, (1 + a, -a), (1 - b, b))
-    on_policy = Pair(1 - p, POLICY, POLICY)
+    mixed = WeightPair(p, (1 + a, -a), (1 - b, b))
+    on_policy = WeightPair(1 - p, POLICY, POLICY)
     return tuple(row for row in (on_policy, mixed) if row.probability > 0)
 
 
-def always(first: tuple[float, float], second: tuple[float, float]) -> Callable[[float], Pairs]:
+def always(first: tuple[float, float], second: tuple[float, float]) -> Callable[[float], WeightPairs]:
     """One pair, at any beta."""
-    return lambda beta: (Pair(1.0, first, second),)
+    return lambda beta: (WeightPair(1.0, first, second),)
 
 
 MIXTURES = {
@@ -84,7 +84,7 @@ MIXTURES = {
         choose=WITHIN,
     ),
     "simplemix": Mixture(
-        lambda beta: (Pair(0.5, POLICY, POLICY), Pair(0.5, SECOND, SECOND)),
+        lambda beta: (WeightPair(0.5, POLICY, POLICY), WeightPair(0.5, SECOND, SECOND)),
         "half the pairs on-policy, half off-policy (here: from the reference): SIMPLEMIX, arXiv 2505.02363",
         choose=WITHIN,
     ),

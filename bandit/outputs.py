@@ -71,9 +71,7 @@ def save_trajectories(
 ) -> None:
     """trajectories.npz: '<sampler>/<mode>/<series>' [envs, T] and 'rewards' [envs, |Y|], float64."""
     arrays = {
-        f"{name}/{mode}/{key}": values
-        for (name, mode), series in results.items()
-        for key, values in series.items()
+        f"{name}/{mode}/{key}": values for (name, mode), series in results.items() for key, values in series.items()
     }
     # The temporary name must end in .npz, or numpy would add it.
     save(folder / "trajectories.npz", lambda target: np.savez(target, rewards=rewards, **arrays))

@@ -50,17 +50,13 @@ def _positive(values: np.ndarray, log: bool) -> np.ndarray:
     return np.where(values > 0, values, np.nan) if log else values
 
 
-def draw_curve(
-    axes: Axes, values: np.ndarray, name: str, mode: str, label: str, log: bool, **style: object
-) -> None:
+def draw_curve(axes: Axes, values: np.ndarray, name: str, mode: str, label: str, log: bool, **style: object) -> None:
     """Median of values [envs, T] and, with several environments, the 10-90% band; `style` goes before the mode's."""
     updates = np.arange(values.shape[1])
     color = color_of(name)
     if len(values) > 1:
         low, high = np.quantile(values, [0.1, 0.9], axis=0)
-        axes.fill_between(
-            updates, _positive(low, log), _positive(high, log), color=color, alpha=0.12, linewidth=0
-        )
+        axes.fill_between(updates, _positive(low, log), _positive(high, log), color=color, alpha=0.12, linewidth=0)
     median = _positive(np.median(values, axis=0), log)
     axes.plot(updates, median, color=color, label=label, **{**STYLES[mode], **style})
 
@@ -74,9 +70,7 @@ def draw_theory(axes: Axes, results: Results, settings: Mapping) -> None:
             limits = np.where(limits > 1e-18, limits, np.nan)
             axes.plot(limits, color=color_of(name), linestyle=":", linewidth=1.3, label=f"{name}, bound")
     if any(mode == "empirical" for _, mode in results) and not isinstance(settings["lr"], str):
-        floor = theory.noise_floor(
-            settings["beta"], settings["lr"], settings["num_samples"], settings["num_actions"]
-        )
+        floor = theory.noise_floor(settings["beta"], settings["lr"], settings["num_samples"], settings["num_actions"])
         axes.axhline(floor, color="black", linestyle=":", linewidth=1.2, label="predicted noise floor")
 
 

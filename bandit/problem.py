@@ -82,9 +82,7 @@ def reward_stream(seed: int) -> np.random.Generator:
 
 def sampling_stream(seed: int, sampler: str, env: int) -> np.random.Generator:
     """The random stream of one sampler in one environment: no other curve changes when either is added."""
-    return np.random.default_rng(
-        np.random.SeedSequence(seed, spawn_key=(1, zlib.crc32(sampler.encode()), env))
-    )
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1, zlib.crc32(sampler.encode()), env)))
 
 
 def draw_rewards(distribution: str, num_envs: int, num_actions: int, seed: int) -> np.ndarray:

@@ -21,9 +21,7 @@ Draw = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 AHEAD_CELLS = 40_000
 
 
-def draw_multinomial(
-    stream: np.random.Generator, cells: np.ndarray, num_samples: int, size: int
-) -> np.ndarray:
+def draw_multinomial(stream: np.random.Generator, cells: np.ndarray, num_samples: int, size: int) -> np.ndarray:
     """Counts [size, cells] by one binomial a cell: cost grows with the number of cells."""
     return stream.multinomial(num_samples, cells, size=size)
 

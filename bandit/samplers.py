@@ -225,12 +225,8 @@ def _mix_policy(u: np.ndarray, bandit: Bandit) -> Factors:
 SAMPLERS = {
     "DPO-Unif": Sampler(uniform, "both arms uniform", fixed=True, alpha=2.0),
     "DPO-Mix-R": Sampler(_mix_reward, "uniform pair mixed with (e^r, e^-r)", fixed=True, alpha=0.5),
-    "DPO-Mix-P": Sampler(
-        _mix_policy, "uniform pair mixed with ((pi/pi_ref)^beta, (pi_ref/pi)^beta)", alpha=0.5
-    ),
-    "DPO-Mix-P*": Sampler(
-        clipped_mixture, "DPO-Mix-P, weights clipped at the reward range", clipped=True, alpha=0.5
-    ),
+    "DPO-Mix-P": Sampler(_mix_policy, "uniform pair mixed with ((pi/pi_ref)^beta, (pi_ref/pi)^beta)", alpha=0.5),
+    "DPO-Mix-P*": Sampler(clipped_mixture, "DPO-Mix-P, weights clipped at the reward range", clipped=True, alpha=0.5),
     "DPO-Mix-R-1": Sampler(uniform, "the uniform component of DPO-Mix-R alone", fixed=True),
     "DPO-Mix-R-2": Sampler(lambda u, b: exponential(b.rewards), "(e^r, e^-r) alone", fixed=True),
     "DPO-Mix-P-1": Sampler(uniform, "the uniform component of DPO-Mix-P alone", fixed=True),

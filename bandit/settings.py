@@ -127,9 +127,7 @@ def resolve(arguments: argparse.Namespace) -> dict[str, dict]:
     """
     given = {key: value for key, value in vars(arguments).items() if key in presets.PRESETS["paper-exact"]}
     given = {key: value for key, value in given.items() if value is not None}
-    preset = arguments.preset or (
-        "paper-exact" if given.get("mode", "exact") == "exact" else "paper-empirical"
-    )
+    preset = arguments.preset or ("paper-exact" if given.get("mode", "exact") == "exact" else "paper-empirical")
     if preset in presets.GROUPS and "mode" in given:
         raise BadInput(f"argument --mode: --preset {preset} sets it")
     if preset == "theory":
@@ -173,9 +171,7 @@ def check(settings: dict) -> None:
         value = settings[key]
         if not isinstance(value, str) and not (math.isfinite(value) and value > 0):
             raise BadInput(f"argument --{key}: must be a finite number > 0, got {value}")
-    sizes = (
-        settings["num_actions"] if isinstance(settings["num_actions"], list) else [settings["num_actions"]]
-    )
+    sizes = settings["num_actions"] if isinstance(settings["num_actions"], list) else [settings["num_actions"]]
     lowest = {"num_envs": 1, "num_iter": 1, "num_samples": 1, "seed": 0}
     for key, value, least in [(k, settings[k], v) for k, v in lowest.items()] + [
         ("num_actions", n, 2) for n in sizes
@@ -197,16 +193,12 @@ def _load(flag: str, path: str) -> np.ndarray:
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        reason = (
-            error.strerror if isinstance(error, OSError) and error.strerror else "not a .npy file of numbers"
-        )
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "not a .npy file of numbers"
         raise BadInput(f"argument --{flag}: {path}: {reason}") from None
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
         raise BadInput(f"argument --{flag}: {path}: not a .npy file of real numbers")
     if array.ndim not in (1, 2) or array.shape[-1] < 2 or array.shape[0] < 1:
-        raise BadInput(
-            f"argument --{flag}: {path}: shape {array.shape}, expected [|Y|] or [envs, |Y|] with |Y| >= 2"
-        )
+        raise BadInput(f"argument --{flag}: {path}: shape {array.shape}, expected [|Y|] or [envs, |Y|] with |Y| >= 2")
     array = np.atleast_2d(array.astype(np.float64))
     if not np.isfinite(array).all():
         raise BadInput(f"argument --{flag}: {path}: holds NaN or infinite values")
@@ -234,9 +226,7 @@ def load_arrays(settings: dict) -> tuple[np.ndarray, np.ndarray | None]:
         return rewards, None
     log_ref = _load("ref_logprobs", path)
     if log_ref.shape not in ((1, actions), (envs, actions)):
-        raise BadInput(
-            f"argument --ref_logprobs: {path}: shape {log_ref.shape} does not fit {(envs, actions)}"
-        )
+        raise BadInput(f"argument --ref_logprobs: {path}: shape {log_ref.shape} does not fit {(envs, actions)}")
     if np.abs(logsumexp(log_ref)).max() > 1e-6:
         raise BadInput(f"argument --ref_logprobs: {path}: probabilities do not sum to 1")
     settings["ref_logprobs_sha256"] = hashlib.sha256(log_ref.tobytes()).hexdigest()

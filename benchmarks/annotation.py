@@ -130,17 +130,13 @@ def measure(work: Work, count: int) -> list[Row]:
         if "bfloat16" in sides:
             ratio = f"{times[name] / times['bfloat16']:.2f}"
             note = f"scores off by up to {error:.1%} of their deviation"
-            found.append(
-                Row(f"{case}; ours in bfloat16", rate(name), rate("bfloat16"), ratio, "-", "-", note)
-            )
+            found.append(Row(f"{case}; ours in bfloat16", rate(name), rate("bfloat16"), ratio, "-", "-", note))
     return [*found, growth_row(f"{work.name}: ours, 4x the texts", times["ours"], times["4x"])]
 
 
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument(
-        "--texts", type=int, default=256, help="how many; four times as many at the end (default 256)"
-    )
+    flags.add_argument("--texts", type=int, default=256, help="how many; four times as many at the end (default 256)")
     count = flags.parse_args().texts
     report("Annotation", WORDS, [row for work in WORK for row in measure(work, round(count * work.share))])
 

@@ -103,9 +103,7 @@ def fastest(runs: list[tuple[Callable[[], object], int]], turns: int) -> list[fl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=7, help="timed turns of each side (default 7)")
     turns = parser.parse_args().turns
     torch.set_num_threads(1)

@@ -90,9 +90,7 @@ class Engine:
         return sum(response.num_tokens for response in self.generator.generate(wanted, sampling))
 
 
-def limits(
-    policy: torch.nn.Module, dtype: str, slots: int, prompt: float, length: int
-) -> tuple[float, float]:
+def limits(policy: torch.nn.Module, dtype: str, slots: int, prompt: float, length: int) -> tuple[float, float]:
     """Tokens a second of two such models that reading memory, and that multiplying, allow.
 
     Args:
@@ -122,12 +120,8 @@ def parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--prompts", type=int, default=32, help="two responses each (default 32)")
     flags.add_argument("--max_new_tokens", type=int, default=48, help="longest response (default 48)")
-    flags.add_argument(
-        "--slots", type=int, default=64, help="responses our engine samples at a time (default 64)"
-    )
-    flags.add_argument(
-        "--dtype", default=half_dtype(), help="of both sides (default: what the CPU multiplies)"
-    )
+    flags.add_argument("--slots", type=int, default=64, help="responses our engine samples at a time (default 64)")
+    flags.add_argument("--dtype", default=half_dtype(), help="of both sides (default: what the CPU multiplies)")
     return flags
 
 
@@ -164,9 +158,7 @@ def main() -> None:
     report("Generation", words(args, wanted), rows(times, tokens, floors, bound))
 
 
-def rows(
-    times: dict[str, float], tokens: dict[str, int], floors: tuple[float, float], bound: str
-) -> list[Row]:
+def rows(times: dict[str, float], tokens: dict[str, int], floors: tuple[float, float], bound: str) -> list[Row]:
     """The table's lines."""
     rate = {name: tokens[name] / times[name] for name in times}
     figures = {name: f"{value:.0f} tokens/s" for name, value in rate.items()}

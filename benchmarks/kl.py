@@ -42,9 +42,7 @@ def sequences(tokenizer, count: int, length: int) -> list[Sequence]:
     """Rated answers of at least `length` tokens, cut there, with their prompts."""
     found = []
     for prompt, answers in rated_answers(labels_folder()).items():
-        text = render_chat(
-            tokenizer, [{"role": "user", "content": prompt}], prompt, add_generation_prompt=True
-        )
+        text = render_chat(tokenizer, [{"role": "user", "content": prompt}], prompt, add_generation_prompt=True)
         for answer in answers:
             ids = encode_response(tokenizer, answer, ended=False)
             if len(ids) >= length:
@@ -59,9 +57,7 @@ def prefix_loop(policy, reference, sequence: Sequence) -> float:
     for end in range(len(sequence.response)):
         ids = torch.tensor([sequence.prompt + sequence.response[:end]])
         p, q = (
-            (model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1] / TEMPERATURE).log_softmax(
-                -1
-            )
+            (model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1] / TEMPERATURE).log_softmax(-1)
             for model in (policy, reference)
         )
         total += float((p.exp() * (p - q)).sum())

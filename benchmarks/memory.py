@@ -86,9 +86,7 @@ def row(case: str, few: int, many: int, counts: list[int]) -> Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--prompts", type=int, nargs=2, default=[1000, 10000], help="few and many (default 1000 10000)"
     )

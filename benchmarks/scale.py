@@ -225,9 +225,7 @@ def training_table(shapes: dict[str, Shape], sizes: list[int], work: Workload, h
                     terms = micro_step(shape, more, hardware, gpus)
                     speed = pairs * gpus / overlapped(terms)
                     batch = global_batch(more, gpus)
-                    rows.append(
-                        [name, gpus, pairs, batch, *milliseconds(terms), planned.bound, f"{speed:,.0f}"]
-                    )
+                    rows.append([name, gpus, pairs, batch, *milliseconds(terms), planned.bound, f"{speed:,.0f}"])
     head = ["model", "GPUs", "pairs a GPU", "global batch", *KINDS_MS, "bound by", "pairs/s"]
     return table(head, rows)
 

@@ -43,11 +43,7 @@ def parallel_needed(models: list[Shape], work: Workload, hardware: Hardware, gpu
     """The smallest tensor parallel size (a power of two) with room for a full batch; None: not within `gpus`."""
     for parallel in (2**i for i in range(gpus.bit_length())):
         splits = all(model.heads % parallel == 0 for model in models)
-        if (
-            parallel <= gpus
-            and splits
-            and batch_that_fits(models, work, hardware, parallel) >= work.max_num_seqs
-        ):
+        if parallel <= gpus and splits and batch_that_fits(models, work, hardware, parallel) >= work.max_num_seqs:
             return parallel
     return None
 
@@ -77,9 +73,7 @@ def sampling(
     engines = engines or gpus // parallel
     batch = max(1, min(work.max_num_seqs, math.ceil(responses / engines)))
     steps = responses * work.new_tokens / (batch * engines)
-    prefill = add(
-        *(pass_terms(m, hardware, parallel, work.token_budget, work.prompt_tokens / 2) for m in models)
-    )
+    prefill = add(*(pass_terms(m, hardware, parallel, work.token_budget, work.prompt_tokens / 2) for m in models))
     prefills = responses * work.prompt_tokens / work.token_budget / engines
     parts = scale(decode_step(models, work, hardware, parallel, batch), steps), scale(prefill, prefills)
     caches = sum(kv_bytes(m, batch * work.length) / kv_share(m, parallel) for m in models)
@@ -143,9 +137,7 @@ def global_batch(work: Workload, gpus: int) -> int:
     return together * math.ceil(work.batch / together)
 
 
-def micro_step(
-    shape: Shape, work: Workload, hardware: Hardware, gpus: int, lora: bool = False
-) -> dict[str, float]:
+def micro_step(shape: Shape, work: Workload, hardware: Hardware, gpus: int, lora: bool = False) -> dict[str, float]:
     """Forward, recomputation and backward of `pairs_per_gpu` pairs on each GPU, under ZeRO-3.
 
     The backward pass costs two forward passes, one of them for the gradients of the weights. The weights are gathered

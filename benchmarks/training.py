@@ -291,13 +291,9 @@ pass before 2 epochs is 1 of 6 thirds more. Peak memory is the process's; the la
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(ASSETS / "policy"), help="policy and reference (a folder)")
-    parser.add_argument(
-        "--pairs", type=Path, default=ASSETS / "reward_pairs.jsonl", help="prompt, chosen, rejected"
-    )
+    parser.add_argument("--pairs", type=Path, default=ASSETS / "reward_pairs.jsonl", help="prompt, chosen, rejected")
     parser.add_argument("--repetitions", type=int, default=3, help="turns of each side (default 3)")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--number", type=int, help=argparse.SUPPRESS)

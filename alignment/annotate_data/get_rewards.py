@@ -30,9 +30,7 @@ def parser() -> Parser:
     """The command line."""
     flags = Parser(__doc__)
     flags.add("--dataset_name_or_path", "data file(s) with the responses", nargs="+", required=True)
-    flags.add(
-        "--reward_name_or_path", "reward model: folder or hub name, one label or several", required=True
-    )
+    flags.add("--reward_name_or_path", "reward model: folder or hub name, one label or several", required=True)
     flags.add("--output_file", "where the scored data goes, one for each data file", nargs="+", required=True)
     flags.add(
         "--reward_template",
@@ -97,9 +95,7 @@ class Job:
     def __init__(self, args, source: str, output: str, encoder) -> None:
         self.source, self.output, self.encoder = source, output, encoder
         self.instances, self.made_with = read_records(source)
-        self.texts = all_texts(
-            self.instances, self.made_with, source, args.reward_template, encoder.tokenizer
-        )
+        self.texts = all_texts(self.instances, self.made_with, source, args.reward_template, encoder.tokenizer)
         self.settings = stage_settings(args, source)
 
     def open(self, stack: contextlib.ExitStack) -> list:
@@ -158,9 +154,7 @@ def annotate(args, jobs: list[Job], models: list[dict]) -> None:
             bar.update(len(job.book.rows) - before)
             job.finish(models)
         if bar.n < bar.total:
-            raise UserError(
-                "scoring ended before all texts had a score; the same command continues from here"
-            )
+            raise UserError("scoring ended before all texts had a score; the same command continues from here")
 
 
 def stage_settings(args, source: str) -> dict:

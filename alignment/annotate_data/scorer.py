@@ -153,9 +153,7 @@ class RewardScorer(TextBatches):
         # NaN scores are reported with their row later.
         if not abs(together - alone) > tolerance:
             return True
-        self.say(
-            f"padding changes this model's scores ({alone:.4f} to {together:.4f}): batching equal lengths only"
-        )
+        self.say(f"padding changes this model's scores ({alone:.4f} to {together:.4f}): batching equal lengths only")
         return False
 
 
@@ -204,9 +202,7 @@ def pad_right(rows: list[Sequence[int]], config) -> dict[str, torch.Tensor] | No
 
 def _checked_column(name: str, labels: int, column: int | None) -> int:
     if column is None and labels > 1:
-        raise UserError(
-            f"reward model {name}: has {labels} labels; choose one with --reward_column 0 … {labels - 1}"
-        )
+        raise UserError(f"reward model {name}: has {labels} labels; choose one with --reward_column 0 … {labels - 1}")
     if column is not None and column >= labels:
         raise UserError(f"reward model {name}: --reward_column {column}, but it has {labels} label(s)")
     return column or 0

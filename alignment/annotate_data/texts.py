@@ -9,9 +9,7 @@ TEMPLATES = ("none", "chat")
 def check_template(template: str, tokenizer, name: str) -> None:
     """Raises `UserError` if `template` is "chat" and the reward model's tokenizer has no chat template."""
     if template == "chat" and not tokenizer.chat_template:
-        raise UserError(
-            f"reward model {name}: its tokenizer has no chat template; use --reward_template none"
-        )
+        raise UserError(f"reward model {name}: its tokenizer has no chat template; use --reward_template none")
 
 
 def conversation(instance: dict, where: str, policy_template: str | None) -> list[dict]:
@@ -51,9 +49,7 @@ def chat_text(tokenizer, messages: list[dict], response: str, where: str) -> str
     return render_chat(tokenizer, turns, f"{where}, reward model")
 
 
-def instance_texts(
-    instance: dict, template: str, tokenizer, where: str, policy_template: str | None
-) -> list[str]:
+def instance_texts(instance: dict, template: str, tokenizer, where: str, policy_template: str | None) -> list[str]:
     """One text a response: prompt + response as they are ("none", as published), or through the chat template."""
     if template == "none":
         return [instance["prompt"] + response for response in instance["responses"]]

@@ -36,9 +36,7 @@ def is_done(path: str | Path, stage: str, settings: dict) -> bool:
 def refuse_other_settings(path: str | Path, stored: object, settings: dict) -> None:
     """Raises `UserError` if `stored` (what made `path`) is not `settings` (what is asked for now)."""
     if not isinstance(stored, dict):
-        raise UserError(
-            f"{path}: exists, but this stage did not write it; move it away or name another output"
-        )
+        raise UserError(f"{path}: exists, but this stage did not write it; move it away or name another output")
     for key in {**stored, **settings}:
         if stored.get(key) != settings.get(key):
             raise UserError(
@@ -138,9 +136,7 @@ class Journal:
 
     def _append(self, entry: dict) -> tuple[int, int]:
         """Writes a line; (where it starts, its length), in bytes."""
-        line = (json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n").encode(
-            errors="backslashreplace"
-        )
+        line = (json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n").encode(errors="backslashreplace")
         start = self._end
         with writing(self.path):
             written = 0

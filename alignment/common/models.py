@@ -70,9 +70,7 @@ def load_causal_lm(name: str, what: str, dtype: str, trust_remote_code: bool = F
     return _load_whole(AutoModelForCausalLM, name, what, **options).eval()
 
 
-def load_reward_model(
-    name: str, dtype: str, trust_remote_code: bool = False, needs_head: bool = True, **options
-):
+def load_reward_model(name: str, dtype: str, trust_remote_code: bool = False, needs_head: bool = True, **options):
     """A sequence classifier in evaluation mode, from safetensors only.
 
     Raises:
@@ -106,9 +104,7 @@ def _load(kind, name: str, what: str, **options):
         return kind.from_pretrained(name, **options)
     except Exception as error:  # the loaders raise many kinds, whatever a file of the model is wrong in
         if "trust_remote_code" in str(error):
-            raise UserError(
-                f"{what} {name}: brings Python code, which runs only with --trust_remote_code"
-            ) from None
+            raise UserError(f"{what} {name}: brings Python code, which runs only with --trust_remote_code") from None
         raise UserError(f"{what} {name}: cannot be loaded ({first_line(error)})") from None
 
 

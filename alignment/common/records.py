@@ -108,9 +108,7 @@ def check_writable(where: str, row: dict) -> None:
         try:
             json.dumps({field: value}, ensure_ascii=False, allow_nan=False).encode()
         except UnicodeEncodeError:
-            raise UserError(
-                f"{where}: {field!r} holds half a surrogate pair, which is not a character"
-            ) from None
+            raise UserError(f"{where}: {field!r} holds half a surrogate pair, which is not a character") from None
         except ValueError:
             raise UserError(f"{where}: {field!r} holds a number that is not finite") from None
 

@@ -252,9 +252,7 @@ def answers(
     except ray.exceptions.RayTaskError:
         raise  # an error in the engine's own code, with its stack trace
     except (ray.exceptions.RayError, ray.data.exceptions.ExecutionTimeoutError) as error:
-        raise UserError(
-            f"the engines are lost ({first_line(error)}); the same command continues from here"
-        ) from None
+        raise UserError(f"the engines are lost ({first_line(error)}); the same command continues from here") from None
 
 
 def _replies(make_engine: Callable, work: list, engines: Engines, calls: int) -> Iterator[bytes]:

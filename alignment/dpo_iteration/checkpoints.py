@@ -118,9 +118,7 @@ def _write_final(trainer, options, raw: Path, final: Path, dtype: str) -> None:
         from peft import PeftModel
 
         base = load_causal_lm(options.model_name_or_path, "--model_name_or_path", "float32", remote)
-        PeftModel.from_pretrained(base, raw).merge_and_unload().to(getattr(torch, dtype)).save_pretrained(
-            final
-        )
+        PeftModel.from_pretrained(base, raw).merge_and_unload().to(getattr(torch, dtype)).save_pretrained(final)
         shutil.copytree(raw, final / "adapter", ignore=shutil.ignore_patterns("training_args.bin"))
     else:
         model = load_causal_lm(str(raw), "trained model", dtype, remote)

@@ -139,9 +139,7 @@ class DPOTrainer(Trainer):
         sequences = {name: inputs[name] for name in SEQUENCES}
         chosen, rejected = model(**sequences, share=self.share).chunk(2)
         reference = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
-        losses, metrics = preference_loss(
-            chosen, rejected, *reference, inputs["margin"], self.beta, self.loss_type
-        )
+        losses, metrics = preference_loss(chosen, rejected, *reference, inputs["margin"], self.beta, self.loss_type)
         self._add(metrics, "" if model.training else "eval_")
         return (losses.mean(), metrics) if return_outputs else losses.mean()
 

@@ -46,13 +46,9 @@ def candidate_rows(instances: list[dict], tokenizer, max_prompt_length: int, max
     """All responses two by two, as rows whose two sides are scored; an odd last one stands in its row twice."""
     rows = []
     for instance in instances:
-        prompt = trim_prompt(
-            tokenizer, encode_prompt(tokenizer, instance["prompt"]), max_prompt_length, Counter()
-        )
+        prompt = trim_prompt(tokenizer, encode_prompt(tokenizer, instance["prompt"]), max_prompt_length, Counter())
         last = len(instance["responses"]) - 1
-        ids = [
-            response_ids(tokenizer, instance, k, max_length - len(prompt), Counter()) for k in range(last + 1)
-        ]
+        ids = [response_ids(tokenizer, instance, k, max_length - len(prompt), Counter()) for k in range(last + 1)]
         rows += [
             {"prompt_ids": prompt, "chosen_ids": ids[k], "rejected_ids": ids[min(k + 1, last)]}
             for k in range(0, last + 1, 2)

@@ -38,20 +38,14 @@ class DPOOptions:
         "was sampled with, max_min where the data file names none.",
         choices=["sampler", *CHOOSE_TYPES],
     )
-    length_penalty: float = option(
-        0.0, "Reward taken off per response token, for choose_type max_min_p only."
-    )
+    length_penalty: float = option(0.0, "Reward taken off per response token, for choose_type max_min_p only.")
     max_length: int = option(512, "Tokens of prompt + response; longer responses are cut.")
     max_prompt_length: int | None = option(
         None,
         "Tokens of the prompt; longer ones are cut from the left, BOS stays. Default: half of max_length.",
     )
-    eval_fraction: float = option(
-        0.0, "Share of the prompts held out from training for evaluation, 0 to below 1."
-    )
-    use_lora: bool = option(
-        False, "Train a LoRA adapter; the saved model is merged, the adapter is kept too."
-    )
+    eval_fraction: float = option(0.0, "Share of the prompts held out from training for evaluation, 0 to below 1.")
+    use_lora: bool = option(False, "Train a LoRA adapter; the saved model is merged, the adapter is kept too.")
     lora_r: int = option(16, "Rank of the adapter.")
     lora_alpha: float = option(32.0, "Scale of the adapter (x 1/rank).")
     lora_target_modules: str = option("all-linear", "Modules to adapt, separated by commas, or all-linear.")
@@ -82,12 +76,8 @@ class DPOTrainingArguments(TrainingArguments):
     logging_steps: float = option(1, "Optimizer steps between log lines.")
     logging_first_step: bool = option(True, "Log the first step, whatever logging_steps is.")
     logging_nan_inf_filter: bool = option(False, "Leave it off: it hides losses that are not numbers.")
-    ddp_find_unused_parameters: bool = option(
-        False, "Every parameter has a gradient here: nothing to look for."
-    )
-    save_total_limit: int = option(
-        1, "Checkpoints kept while training; the newest one is what a restart needs."
-    )
+    ddp_find_unused_parameters: bool = option(False, "Every parameter has a gradient here: nothing to look for.")
+    save_total_limit: int = option(1, "Checkpoints kept while training; the newest one is what a restart needs.")
     seed: int = option(42, "Seed of the pairs, the evaluation split, the order of the data and LoRA's start.")
     share_prefixes: bool = option(
         True,

@@ -21,7 +21,7 @@ from common.cli import UserError
 Indices = tuple[int, int] | None
 
 
-class Pair(NamedTuple):
+class PreferencePair(NamedTuple):
     """Indices of the chosen and the rejected response and the difference of their scores, above 0."""
 
     chosen: int
@@ -107,7 +107,7 @@ def rewards_of(instance: dict, choose_type: str, length_penalty: float) -> list[
 
 def choose(
     instance: dict, choose_type: str, rng: random.Random, length_penalty: float = 0.0
-) -> tuple[Pair | None, str]:
+) -> tuple[PreferencePair | None, str]:
     """The pair of one prompt.
 
     Args:
@@ -127,12 +127,12 @@ def choose(
         return None, "equal rewards"
     if instance["responses"][chosen] == instance["responses"][rejected]:
         return None, "identical responses"
-    return Pair(chosen, rejected, rewards[chosen] - rewards[rejected]), ""
+    return PreferencePair(chosen, rejected, rewards[chosen] - rewards[rejected]), ""
 
 
 def choose_all(
     instances: list[dict], path: str, choose_type: str, seed: int, length_penalty: float = 0.0
-) -> tuple[list[tuple[dict, Pair]], Counter]:
+) -> tuple[list[tuple[dict, PreferencePair]], Counter]:
     """The pairs of a file, in its order, and how many prompts were dropped and why.
 
     Each row has its own random numbers, from (seed, row): its pair does not depend on the other rows.

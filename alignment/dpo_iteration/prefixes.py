@@ -103,8 +103,6 @@ def refusal(model) -> str | None:
         ),
         f"{type(model).__name__} carries a state from token to token": model._is_stateful,
         f"{type(model).__name__} has layers of type {', '.join(sorted(others))}": bool(others),
-        f"{type(model).__name__} does not use transformers' attention interface": (
-            not model.is_backend_compatible()
-        ),
+        f"{type(model).__name__} does not use transformers' attention interface": (not model.is_backend_compatible()),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)

@@ -87,9 +87,7 @@ def as_scorer(model: torch.nn.Module) -> torch.nn.Module:
     logits into float32, and a head that is called outside of the wrapper would find its ZeRO-3 shards not gathered.
     """
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        raise UserError(
-            f"{type(model).__name__}: this architecture cannot restrict its logits (logits_to_keep)"
-        )
+        raise UserError(f"{type(model).__name__}: this architecture cannot restrict its logits (logits_to_keep)")
     model.logits_forward = model.forward
     model.forward = MethodType(_response_logps, model)
     return model

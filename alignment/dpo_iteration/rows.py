@@ -10,12 +10,12 @@ from collections import Counter
 import torch
 
 from common.models import encode_prompt, encode_response
-from dpo_iteration.pairs import Pair
+from dpo_iteration.pairs import PreferencePair
 
 
 def build_rows(
     tokenizer,
-    pairs: list[tuple[dict, Pair]],
+    pairs: list[tuple[dict, PreferencePair]],
     margin_scale: float,
     max_prompt_length: int,
     max_length: int,
@@ -27,9 +27,7 @@ def build_rows(
     """
     rows, counts = [], Counter()
     for instance, pair in pairs:
-        prompt = trim_prompt(
-            tokenizer, encode_prompt(tokenizer, instance["prompt"]), max_prompt_length, counts
-        )
+        prompt = trim_prompt(tokenizer, encode_prompt(tokenizer, instance["prompt"]), max_prompt_length, counts)
         room = max_length - len(prompt)
         chosen, rejected = (
             response_ids(tokenizer, instance, index, room, counts) for index in (pair.chosen, pair.rejected)

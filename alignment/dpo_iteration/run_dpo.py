@@ -49,9 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if options.choose_type == "implicit_max_min":
         tokenizer, _ = checked_models(options)
-        instances = add_implicit_rewards(
-            instances, tokenizer, options, training, *precision(options, training)
-        )
+        instances = add_implicit_rewards(instances, tokenizer, options, training, *precision(options, training))
     rows = make_rows(options, instances, training.seed)
     lock = lock_work(output_dir, settings, data_settings, lambda: made_from(options, training))
     prepare_training(training, checkpoints.work_dir(output_dir), options.eval_fraction > 0)
@@ -75,9 +73,7 @@ def read_data(options) -> tuple[list[dict], dict]:
         _, data_settings = read_records(options.train_dir)
         options.choose_type = (data_settings.get("generate") or {}).get("choose_type") or "max_min"
         if options.choose_type not in CHOOSE_TYPES:
-            raise UserError(
-                f"{options.train_dir}: its sampler's choose_type {options.choose_type!r} is unknown"
-            )
+            raise UserError(f"{options.train_dir}: its sampler's choose_type {options.choose_type!r} is unknown")
     needed = ("responses", "rewards") + (("pairs",) if options.choose_type == "mixed_max_min" else ())
     return read_records(options.train_dir, needed)
 
@@ -85,12 +81,8 @@ def read_data(options) -> tuple[list[dict], dict]:
 def checked_models(options) -> tuple:
     """The tokenizer, and how many tokens the models read (None: they do not say); refuses two that do not fit."""
     names = {"--model_name_or_path": options.model_name_or_path, "--ref_model": options.ref_model}
-    contexts = [
-        context_length(load_config(name, what, options.trust_remote_code)) for what, name in names.items()
-    ]
-    tokenizer, reference = (
-        load_tokenizer(name, what, options.trust_remote_code) for what, name in names.items()
-    )
+    contexts = [context_length(load_config(name, what, options.trust_remote_code)) for what, name in names.items()]
+    tokenizer, reference = (load_tokenizer(name, what, options.trust_remote_code) for what, name in names.items())
     check_same_vocabulary(tokenizer, reference)
     return tokenizer, min((c for c in contexts if c), default=None)
 
@@ -98,12 +90,8 @@ def checked_models(options) -> tuple:
 def make_rows(options, instances: list[dict], seed: int) -> list[dict]:
     """Chooses the pairs and tokenizes them; refuses, before a model is loaded, what cannot be trained on."""
     tokenizer, limit = checked_models(options)
-    pairs, dropped = choose_all(
-        instances, options.train_dir, options.choose_type, seed, options.length_penalty
-    )
-    rows, counts = build_rows(
-        tokenizer, pairs, options.margin_scale, options.max_prompt_length, options.max_length
-    )
+    pairs, dropped = choose_all(instances, options.train_dir, options.choose_type, seed, options.length_penalty)
+    rows, counts = build_rows(tokenizer, pairs, options.margin_scale, options.max_prompt_length, options.max_length)
     report(instances, rows, dropped, counts)
     if not rows:
         raise UserError(f"{options.train_dir}: no prompt has two different responses with unequal rewards")
@@ -111,13 +99,9 @@ def make_rows(options, instances: list[dict], seed: int) -> list[dict]:
         raise UserError(f"{options.train_dir}: a prompt has no tokens, so nothing predicts its responses")
     if options.eval_fraction and len({row["prompt"] for row in rows}) < 2:
         raise UserError(f"--eval_fraction {options.eval_fraction}: there is only one prompt")
-    longest = max(
-        len(row["prompt_ids"] + max(row["chosen_ids"], row["rejected_ids"], key=len)) for row in rows
-    )
+    longest = max(len(row["prompt_ids"] + max(row["chosen_ids"], row["rejected_ids"], key=len)) for row in rows)
     if limit is not None and longest > limit:
-        raise UserError(
-            f"--max_length {options.max_length}: a row has {longest} tokens, the models read {limit}"
-        )
+        raise UserError(f"--max_length {options.max_length}: a row has {longest} tokens, the models read {limit}")
     return rows
 
 

@@ -70,9 +70,7 @@ def _color(model: Model) -> str:
 
 
 def _axes(count: int, width: float, height: float):
-    figure, axes = plt.subplots(
-        1, count, figsize=(width * count, height), squeeze=False, layout="constrained"
-    )
+    figure, axes = plt.subplots(1, count, figsize=(width * count, height), squeeze=False, layout="constrained")
     for ax in axes[0]:
         ax.spines[["top", "right"]].set_visible(False)
     return figure, list(axes[0])
@@ -102,9 +100,7 @@ def reward_vs_iteration(rows: dict[Model, Row], samplers: list[str], iterations:
     return figure
 
 
-def _line(
-    ax, sampler: str, models: list[Model], x: list[float], estimates: list[Estimate], xerr=None
-) -> None:
+def _line(ax, sampler: str, models: list[Model], x: list[float], estimates: list[Estimate], xerr=None) -> None:
     """A sampler's points with their bars, joined by a line; what all samplers share is grey."""
     y, yerr = [e.value for e in estimates], _bars(estimates)
     ax.plot(x, y, color=color_of(sampler), label=sampler, linewidth=1.4)
@@ -112,9 +108,7 @@ def _line(
     ax.plot(x[:shared], y[:shared], color=SHARED_COLOR, linewidth=1.4)
     for k, model in enumerate(models):
         bars = {"yerr": yerr[:, k : k + 1], "xerr": None if xerr is None else xerr[:, k : k + 1]}
-        ax.errorbar(
-            x[k], y[k], **bars, fmt="o", color=_color(model), capsize=2.5, elinewidth=0.9, markersize=5
-        )
+        ax.errorbar(x[k], y[k], **bars, fmt="o", color=_color(model), capsize=2.5, elinewidth=0.9, markersize=5)
 
 
 def reward_vs_kl(rows: dict[Model, Row], samplers: list[str], iterations: int):

@@ -59,9 +59,7 @@ def parser() -> Parser:
     p.add("--model_name_or_path", "the policy: folder or hub name", required=True)
     p.add("--ref_model_name_or_path", "the reference", required=True)
     source = p.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--dataset_name_or_path", help="prompts: file(s), folder(s) or hub name(s)", nargs="+"
-    )
+    source.add_argument("--dataset_name_or_path", help="prompts: file(s), folder(s) or hub name(s)", nargs="+")
     source.add_argument("--responses", help="a data file of generate.py whose responses are scored instead")
     add_prompt_flags(p)
     p.add("--start", "first prompt, counted after the filters", type=natural, default=0)
@@ -164,17 +162,13 @@ def check_origin(args: argparse.Namespace, made_with: dict) -> None:
     """Raises `UserError` unless the responses come from the policy alone at the temperature of the command line."""
     policy = made_with.get("policy")
     if isinstance(policy, str) and os.path.realpath(policy) != os.path.realpath(args.model_name_or_path):
-        raise UserError(
-            f"{args.responses}: sampled from {policy}, not from the policy {args.model_name_or_path}"
-        )
+        raise UserError(f"{args.responses}: sampled from {policy}, not from the policy {args.model_name_or_path}")
     temperature = made_with.get("temperature", args.temperature)
     if temperature != args.temperature:
         raise UserError(f"{args.responses}: sampled at temperature {temperature}, not {args.temperature}")
     sampler = made_with.get("sampler")
     if sampler is not None and pairs_from_json(json.dumps(sampler)) != POLICY_ALONE:
-        raise UserError(
-            f"{args.responses}: its sampler is not the policy alone, so it does not estimate its KL"
-        )
+        raise UserError(f"{args.responses}: its sampler is not the policy alone, so it does not estimate its KL")
 
 
 def score(args: argparse.Namespace, groups: list[list], book: Journal, tokenizer) -> dict:

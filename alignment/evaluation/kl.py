@@ -68,9 +68,7 @@ class LanguageModel:
     @torch.inference_mode()
     def _has_plain_head(self) -> bool:
         ids = torch.arange(min(8, self.vocabulary), device=self.model.device)[None]
-        return torch.equal(
-            self.head(self.body(input_ids=ids).last_hidden_state), self.model(input_ids=ids).logits
-        )
+        return torch.equal(self.head(self.body(input_ids=ids).last_hidden_state), self.model(input_ids=ids).logits)
 
     def states(
         self, ids: torch.Tensor, mask: torch.Tensor
@@ -139,9 +137,7 @@ def _positions(sequences: list[Sequence]) -> tuple[list[int], list[int], list[in
 
 def batches(sequences: list[Sequence], size: int) -> Iterator[list[int]]:
     """Indices of `sequences` in batches of similar length, longest first."""
-    order = sorted(
-        range(len(sequences)), key=lambda i: -len(sequences[i].prompt) - len(sequences[i].response)
-    )
+    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i].prompt) - len(sequences[i].response))
     for i in range(0, len(order), size):
         yield order[i : i + size]
 

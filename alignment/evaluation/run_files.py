@@ -33,11 +33,7 @@ BASE, FIRST = Model("base", 0), Model("iter1", 1)
 
 def answers_file(run_dir: Path, judge: str, part: str, model: Model) -> Path:
     """Scored responses of a model."""
-    return (
-        run_dir
-        / "data"
-        / f"test_data_with_{JUDGES[judge]}_iter{PARTS[part]}_{model.label}_{model.iteration}.json"
-    )
+    return run_dir / "data" / f"test_data_with_{JUDGES[judge]}_iter{PARTS[part]}_{model.label}_{model.iteration}.json"
 
 
 def kl_file(run_dir: Path, model: Model) -> Path:
@@ -94,9 +90,7 @@ def read_run(run_dir: Path, models: list[Model]) -> Run:
     check_same_responses(run_dir, answers)
     kl, settings["kl"] = read_kl(run_dir, models)
     if not answers and not kl:
-        raise UserError(
-            f"{run_dir}: nothing to summarize yet: no data/test_data_with_*.json, no results/kl_*.json"
-        )
+        raise UserError(f"{run_dir}: nothing to summarize yet: no data/test_data_with_*.json, no results/kl_*.json")
     return Run(answers, kl, {name: value for name, value in settings.items() if value})
 
 
@@ -149,9 +143,7 @@ def check_same_responses(run_dir: Path, answers: dict[tuple[str, str, Model], An
             raise UserError(f"{path}: its prompts are not those of {other[0]}: they cannot be compared")
         scored = answers.get(("reward", part, model))
         if scored is not None and scored.responses != found.responses:
-            raise UserError(
-                f"{path}: the judge scored other responses than the reward model did; score them again"
-            )
+            raise UserError(f"{path}: the judge scored other responses than the reward model did; score them again")
 
 
 def read_kl(run_dir: Path, models: list[Model]) -> tuple[dict[Model, dict], dict]:
@@ -181,7 +173,5 @@ def checked_kl(path: Path) -> dict:
     if not all(
         type(value) in (int, float) and math.isfinite(value) for value in (*values, result.get("kl"), *stderr)
     ):
-        raise UserError(
-            f"{path}: 'kl', 'stderr' or 'kl_of_prompts' holds a value that is not a finite number"
-        )
+        raise UserError(f"{path}: 'kl', 'stderr' or 'kl_of_prompts' holds a value that is not a finite number")
     return result

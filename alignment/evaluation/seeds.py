@@ -81,9 +81,7 @@ def kl_of(runs: list[Run], model: Model) -> np.ndarray | None:
     return np.array([run.kl[model]["kl"] for run in runs]) if all(model in run.kl for run in runs) else None
 
 
-def differences(
-    runs: list[Run], samplers: list[str], iteration: int, seed: int
-) -> dict[tuple[str, str], Difference]:
+def differences(runs: list[Run], samplers: list[str], iteration: int, seed: int) -> dict[tuple[str, str], Difference]:
     """(judge, sampler) → difference from the first sampler after `iteration`, where both are there."""
     found = {}
     for judge, sampler in itertools.product(JUDGES, samplers[1:]):
@@ -103,9 +101,7 @@ def table(runs: list[Run], samplers: list[str], iteration: int, seed: int) -> li
         shown = ["–" if sampler == samplers[0] else cell(part) for d in apart for part in d or (None, None)]
         rates = [cell(_win_rate(runs, judge, model), 1, percent=True) for judge in JUDGES]
         reward, kl = stacked(runs, "reward", model), kl_of(runs, model)
-        lines.append(
-            [sampler, _cell(reward, lambda r: r.mean(axis=1)), *shown, *rates, _cell(kl, np.asarray)]
-        )
+        lines.append([sampler, _cell(reward, lambda r: r.mean(axis=1)), *shown, *rates, _cell(kl, np.asarray)])
     return lines
 
 
@@ -145,9 +141,7 @@ class Band(NamedTuple):
     high: np.ndarray
 
 
-def curves(
-    runs: list[Run], judge: str, sampler: str, iterations: int
-) -> tuple[np.ndarray, np.ndarray] | None:
+def curves(runs: list[Run], judge: str, sampler: str, iterations: int) -> tuple[np.ndarray, np.ndarray] | None:
     """KL and mean reward, both [S, M], of a sampler's models from the base model on; None if one is missing."""
     models = trajectory(sampler, iterations)
     kl, rewards = [kl_of(runs, m) for m in models], [stacked(runs, judge, m) for m in models]

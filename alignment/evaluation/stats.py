@@ -94,8 +94,7 @@ def matched_kl(ours: Curve, theirs: Curve, seed: int) -> Matched | None:
 
     def difference(tests: np.ndarray, kls: np.ndarray) -> np.ndarray:
         ours_at, theirs_at = (
-            interpolate(c.kl[:, kls].mean(axis=1), c.rewards[:, tests].mean(axis=1), grid)
-            for c in (ours, theirs)
+            interpolate(c.kl[:, kls].mean(axis=1), c.rewards[:, tests].mean(axis=1), grid) for c in (ours, theirs)
         )
         return ours_at - theirs_at
 

@@ -58,9 +58,7 @@ def main() -> None:
     write_atomic(results / "win_rates.csv", win_csv(win_rows(data, models, args.seed)))
     write_atomic(results / "summary.md", f"{markdown(table)}\n{markdown(pairs)}\n{words}\n")
     write_report(data, rows, samplers, args, (table, pairs, words))
-    print(
-        f"\n{markdown(short(table))}\n{words}\n\nTables, figures and the report page: {results}/report.html"
-    )
+    print(f"\n{markdown(short(table))}\n{words}\n\nTables, figures and the report page: {results}/report.html")
 
 
 def short(table: list[list[str]]) -> list[list[str]]:

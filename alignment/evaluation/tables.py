@@ -98,9 +98,7 @@ def curve(run: Run, sampler: str, iterations: int) -> Curve | None:
     return Curve(rewards, np.array([run.kl[m]["kl_of_prompts"] for m in models]))
 
 
-def matched_rows(
-    run: Run, samplers: list[str], iterations: int, seed: int
-) -> dict[tuple[str, str], Matched | str]:
+def matched_rows(run: Run, samplers: list[str], iterations: int, seed: int) -> dict[tuple[str, str], Matched | str]:
     """Pair of samplers → comparison at matched KL, or why there is none."""
     curves = {sampler: curve(run, sampler, iterations) for sampler in samplers}
     rows: dict[tuple[str, str], Matched | str] = {}
@@ -216,9 +214,7 @@ def summary_csv(rows: dict[Model, Row]) -> str:
 
 def win_csv(rows: dict[tuple[str, Model, Model], Estimate]) -> str:
     """Every win rate, one a line."""
-    lines = [
-        ["judge", "sampler", "iteration", "against_sampler", "against_iteration", "win_rate", "low", "high"]
-    ]
+    lines = [["judge", "sampler", "iteration", "against_sampler", "against_iteration", "win_rate", "low", "high"]]
     lines += [[judge, *ours, *theirs, *estimate] for (judge, ours, theirs), estimate in rows.items()]
     return csv_text(lines)
 

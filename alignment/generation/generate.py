@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 PROJECT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(PROJECT / "alignment"), str(PROJECT)]  # the samplers' table is the bandit's
 
-from bandit.mixtures import MIXTURES, Mixture, Pairs
+from bandit.mixtures import MIXTURES, Mixture, WeightPairs
 from common import scale_out
 from common.cli import Parser, UserError, each, natural, non_negative, positive, positive_int, run
 from common.journal import Journal, is_done, journal
@@ -102,9 +102,7 @@ def chosen_sampler(args: argparse.Namespace) -> Mixture:
 def chosen_models(args: argparse.Namespace, sampler: Mixture) -> tuple[str | None, str | None]:
     """(policy, second model), None for one that the sampler does not use."""
     needs_policy, needs_second = models_needed(sampler.pairs(args.beta))
-    flag = {"reference": "ref_model_name_or_path", "previous": "previous_model_name_or_path"}[
-        sampler.second_model
-    ]
+    flag = {"reference": "ref_model_name_or_path", "previous": "previous_model_name_or_path"}[sampler.second_model]
     second = getattr(args, flag)
     if needs_second and not second:
         raise UserError(f"this sampler needs --{flag}")
@@ -129,7 +127,7 @@ def check_models(args: argparse.Namespace, policy: str | None, reference: str | 
 
 
 def settings_of(
-    args: argparse.Namespace, sampler: Mixture, pairs: Pairs, policy: str | None, reference: str | None
+    args: argparse.Namespace, sampler: Mixture, pairs: WeightPairs, policy: str | None, reference: str | None
 ) -> dict:
     """Everything that the responses depend on, but for the slice; and the rule that makes pairs of them."""
     kept = ("K", "temperature", "max_new_tokens", "seed", "backend", "dtype")
@@ -173,7 +171,7 @@ def slices_to_do(
     wanted: list[tuple[int, int | None, str]],
     tokenizer,
     settings: dict,
-    pairs: Pairs,
+    pairs: WeightPairs,
 ) -> list[Slice]:
     """Those whose file is not there yet; the prompts of all are read, so that a wrong slice is refused."""
     todo = []
@@ -194,9 +192,7 @@ def missing(todo: list[Slice], books: list[Journal]) -> Iterator[Request]:
             yield request._replace(key=f"{number}/{request.key}")
 
 
-def sample(
-    todo: list[Slice], start: Callable[[], Any], sampling: Sampling, tokenizer, made_from: dict
-) -> None:
+def sample(todo: list[Slice], start: Callable[[], Any], sampling: Sampling, tokenizer, made_from: dict) -> None:
     """Samples what the journals lack; writes each response as it finishes, a slice's file with its last one.
 
     Args:

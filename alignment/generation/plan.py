@@ -3,7 +3,7 @@
 from collections.abc import Container, Iterator, Mapping
 from typing import NamedTuple
 
-from bandit.mixtures import Pairs
+from bandit.mixtures import WeightPairs
 from generation.interface import Request, stream_seed
 from generation.prompts import Prompt
 from generation.samplers import Assignment, assign_rows
@@ -22,7 +22,7 @@ class Plan(NamedTuple):
 
     prompts: list[Prompt]
     start: int
-    pairs: Pairs
+    pairs: WeightPairs
     count: int
     seed: int
 

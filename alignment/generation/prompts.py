@@ -101,9 +101,7 @@ def _hub_rows(name: str, split: str) -> Iterator[tuple[str, dict]]:
     try:
         data = load_dataset(name, split=split)
     except Exception as error:  # the hub's client raises many kinds; each means "cannot be had"
-        raise UserError(
-            f"{name}: no such file, and not to be had from the hub ({first_line(error)})"
-        ) from None
+        raise UserError(f"{name}: no such file, and not to be had from the hub ({first_line(error)})") from None
     for row, value in enumerate(data):
         yield f"{name}: row {row}", value
 
@@ -128,9 +126,7 @@ def _is_message(entry: object) -> bool:
     return isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("role", "content"))
 
 
-def apply_template(
-    where: str, value: str | list[dict], template: str, tokenizer
-) -> tuple[str, str | list[dict]]:
+def apply_template(where: str, value: str | list[dict], template: str, tokenizer) -> tuple[str, str | list[dict]]:
     """(templated text, the user's own text or messages). Raises `UserError` where the template does not fit."""
     if isinstance(value, list) and len(value) == 1 and value[0]["role"] == "user":
         value = value[0]["content"]

@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from bandit.mixtures import POLICY, SECOND, WITHIN, Mixture, Pair, Pairs, get_mixture
+from bandit.mixtures import POLICY, SECOND, WITHIN, Mixture, WeightPair, WeightPairs, get_mixture
 from common.cli import UserError
 
 
@@ -34,12 +34,11 @@ def sampler_from_json(text: str) -> Mixture:
     return Mixture(lambda beta: pairs, "--pairs", choose=WITHIN if len(pairs) > 1 else "max_min")
 
 
-def pairs_from_json(text: str) -> Pairs:
+def pairs_from_json(text: str) -> WeightPairs:
     """The pairs written as '[[p, [w, w], [w, w]], ...]'. Raises `UserError` if they are not a sampler's."""
     try:
         rows = tuple(
-            Pair(float(p), (float(a), float(b)), (float(c), float(d)))
-            for p, (a, b), (c, d) in json.loads(text)
+            WeightPair(float(p), (float(a), float(b)), (float(c), float(d))) for p, (a, b), (c, d) in json.loads(text)
         )
     except (ValueError, TypeError):
         raise UserError(f"--pairs {text!r}: not of the form [[p, [w, w], [w, w]], ...]") from None
@@ -51,7 +50,7 @@ def pairs_from_json(text: str) -> Pairs:
     return rows
 
 
-def models_needed(pairs: Pairs) -> tuple[bool, bool]:
+def models_needed(pairs: WeightPairs) -> tuple[bool, bool]:
     """(needs the policy, needs the second model). One is enough only if every side is that model alone."""
     sides = {side for row in pairs for side in (row.first, row.second)}
     if sides == {POLICY}:
@@ -61,7 +60,7 @@ def models_needed(pairs: Pairs) -> tuple[bool, bool]:
     return True, True
 
 
-def check_count(pairs: Pairs, count: int) -> None:
+def check_count(pairs: WeightPairs, count: int) -> None:
     """Raises `UserError` if K = `count` responses cannot be split evenly over the two sides of the pairs."""
     if count % 2 and any(row.first != row.second for row in pairs):
         raise UserError(f"--K {count}: must be even, since this sampler's pairs have two different sides")
@@ -74,7 +73,7 @@ class Assignment(NamedTuple):
     weights: tuple[float, float]
 
 
-def assign_rows(pairs: Pairs, count: int, seed: int) -> list[Assignment]:
+def assign_rows(pairs: WeightPairs, count: int, seed: int) -> list[Assignment]:
     """The distributions of a prompt's K = `count` responses.
 
     Responses j and j + ceil(K/2) are one pair: its row is drawn from the sampler's probabilities, the first half of
@@ -87,6 +86,6 @@ def assign_rows(pairs: Pairs, count: int, seed: int) -> list[Assignment]:
     return (firsts + seconds)[:count]
 
 
-def as_settings(pairs: Iterable[Pair]) -> list[list]:
+def as_settings(pairs: Iterable[WeightPair]) -> list[list]:
     """The pairs as JSON: the form that `pairs_from_json` reads."""
     return [[row.probability, list(row.first), list(row.second)] for row in pairs]

@@ -27,9 +27,7 @@ def pair_texts(tokenizer, pair: dict) -> tuple[str, str]:
     """What the reward model reads for the chosen and for the rejected answer."""
     user = [{"role": "user", "content": pair["prompt"]}]
     where = f"prompt {pair['prompt'][:60]!r}"
-    return chat_text(tokenizer, user, pair["chosen"], where), chat_text(
-        tokenizer, user, pair["rejected"], where
-    )
+    return chat_text(tokenizer, user, pair["chosen"], where), chat_text(tokenizer, user, pair["rejected"], where)
 
 
 def pair_tokens(tokenizer, pairs: list[dict]) -> list[tuple[list[int], list[int]]]:

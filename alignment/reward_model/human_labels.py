@@ -30,12 +30,8 @@ def parser() -> Parser:
     """The command line."""
     flags = Parser(__doc__)
     flags.add("--output_dir", "folder for the two files", required=True)
-    flags.add(
-        "--min_gap", "least difference of two ratings (0-1) that makes a pair", type=positive, default=0.25
-    )
-    flags.add(
-        "--max_pairs_per_prompt", "one prompt has 817 pairs, most have few", type=positive_int, default=40
-    )
+    flags.add("--min_gap", "least difference of two ratings (0-1) that makes a pair", type=positive, default=0.25)
+    flags.add("--max_pairs_per_prompt", "one prompt has 817 pairs, most have few", type=positive_int, default=40)
     flags.add("--seed", "of the split and of the pairs that are kept", type=natural, default=0)
     return flags
 
@@ -57,9 +53,7 @@ def labels_folder() -> Path:
     try:
         return Path(distribution("pyrit").locate_file("pyrit/datasets/scorer_evals"))
     except PackageNotFoundError:
-        raise UserError(
-            "the package pyrit, which holds the human labels, is not installed: bash setup.sh"
-        ) from None
+        raise UserError("the package pyrit, which holds the human labels, is not installed: bash setup.sh") from None
 
 
 def rated_answers(folder: Path) -> dict[str, dict[str, float]]:

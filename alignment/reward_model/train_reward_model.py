@@ -65,9 +65,7 @@ def parser() -> Parser:
 def main() -> None:
     args = parser().parse_args()
     pairs = read_pairs(args.train_file)
-    settings = {k: v for k, v in vars(args).items() if k != "output_dir"} | {
-        "train_sha256": sha256(args.train_file)
-    }
+    settings = {k: v for k, v in vars(args).items() if k != "output_dir"} | {"train_sha256": sha256(args.train_file)}
     if is_done(args.output_dir, settings):
         return
     held_out, training = split_by_prompt(pairs, args.eval_fraction, args.seed)

@@ -48,9 +48,7 @@ def main() -> None:
         wrong += bool(found)
         print(f"{path.relative_to(run_dir)}: {'; '.join(found) or 'ok'}", flush=True)
     print(
-        f"check_run: {wrong} outputs differ from what is recorded"
-        if wrong
-        else "check_run: all inputs are unchanged"
+        f"check_run: {wrong} outputs differ from what is recorded" if wrong else "check_run: all inputs are unchanged"
     )
     if wrong:
         raise SystemExit(1)

@@ -74,9 +74,7 @@ def write(folder: Path, config: dict, sweeps: dict, results: dict, steps: dict) 
     outputs.save_config(folder, config, {"share_of_steps_at_the_edge_of_the_grid": edge})
     arrays = {f"{name}/{key}": values for name, found in results.items() for key, values in found.items()}
     outputs.save(folder / "results.npz", lambda target: np.savez_compressed(target, **arrays))
-    table = [
-        row for name in sweeps for row in ablation.to_rows(name, sweeps[name], results[name], steps[name])
-    ]
+    table = [row for name in sweeps for row in ablation.to_rows(name, sweeps[name], results[name], steps[name])]
     outputs.save_text(folder / "results.csv", to_csv(table))
     save_figures(sweeps, results, folder, outputs.save)
     print(f"{len(table)} results; {100 * edge:.1f}% of the tuned steps are at the edge of their grid")

@@ -78,9 +78,7 @@ def simulate_all(bandit: Bandit, config: dict) -> dict[tuple[str, str], dict[str
     return results
 
 
-def write(
-    folder: Path, config: dict, derived: dict, results: dict, rewards: np.ndarray, with_theory: bool
-) -> None:
+def write(folder: Path, config: dict, derived: dict, results: dict, rewards: np.ndarray, with_theory: bool) -> None:
     """All files of one run, and the summary on the screen."""
     from bandit.plots import save_figures  # matplotlib loads slowly, and wrong input should fail fast
 

@@ -63,9 +63,7 @@ class LogitMixtureForCausalLM(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
-            raise ValueError(
-                "the logit mixture does not support pipeline parallelism; use tensor parallelism"
-            )
+            raise ValueError("the logit mixture does not support pipeline parallelism; use tensor parallelism")
         if vllm_config.speculative_config is not None:
             raise ValueError("the logit mixture does not support speculative decoding")
         self.models = TwoModels(vllm_config=vllm_config, prefix=prefix)

@@ -9,9 +9,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 KEY = "mixture"
-_of_engine: dict[
-    int, "BatchWeights"
-] = {}  # by the id of the engine's configuration, for as long as that lives
+_of_engine: dict[int, "BatchWeights"] = {}  # by the id of the engine's configuration, for as long as that lives
 
 
 class BatchWeights:
@@ -44,9 +42,7 @@ def mixture_of(params: SamplingParams) -> tuple[float, float]:
     except (TypeError, ValueError):
         policy = reference = math.nan
     if not (math.isfinite(policy) and math.isfinite(reference)):
-        raise ValueError(
-            f"SamplingParams.extra_args[{KEY!r}] must be [w_policy, w_reference], not {weights!r}"
-        )
+        raise ValueError(f"SamplingParams.extra_args[{KEY!r}] must be [w_policy, w_reference], not {weights!r}")
     return policy, reference
 
 

@@ -1,0 +1,284 @@
+"""KL: full enumeration of a tiny model's responses, exact zero, batch size, what is counted, the command line."""
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny import save_tiny_policy, tiny_config, tiny_tokenizer
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
+
+from common.cli import UserError, run
+from evaluation import get_kl
+from evaluation.kl import (
+    LanguageModel,
+    Score,
+    Sequence,
+    check_same_width,
+    score_sequences,
+    summarize,
+    token_kl,
+)
+
+PAD, BOS, EOS = 0, 1, 2
+LENGTH = 4
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A policy and a reference over six ids (pad, BOS, EOS, unknown, a, b)."""
+    folder = tmp_path_factory.mktemp("pair")
+    tokenizer = tiny_tokenizer(characters="ab")
+    save_tiny_policy(folder / "policy", seed=1, tokenizer=tokenizer)
+    save_tiny_policy(folder / "reference", seed=2, tokenizer=tokenizer, hidden=16, layers=1)
+    return folder / "policy", folder / "reference"
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def next_log_probs(model, ids, temperature):
+    with torch.no_grad():
+        return (model(torch.tensor([ids])).logits[0, -1].double() / temperature).log_softmax(-1).tolist()
+
+
+def all_responses(policy, reference, prompt, temperature):
+    """Every response of up to LENGTH tokens: (Sequence, log pi, log pi_ref), one forward pass a prefix."""
+    found, open_prefixes = [], [((), 0.0, 0.0)]
+    for _ in range(LENGTH):
+        longer = []
+        for prefix, p, q in open_prefixes:
+            ids = [*prompt, *prefix]
+            ps, qs = (next_log_probs(m, ids, temperature) for m in (policy, reference))
+            for token in range(6):
+                step = p + ps[token], q + qs[token]
+                if token == EOS:
+                    found.append((Sequence(prompt, list(prefix), True), *step))
+                else:
+                    longer.append(((*prefix, token), *step))
+        open_prefixes = longer
+    return found + [(Sequence(prompt, list(prefix), False), p, q) for prefix, p, q in open_prefixes]
+
+
+@pytest.fixture(scope="module", params=[0.7, 1.6])
+def enumerated(pair, request):
+    policy, reference = map(load, pair)
+    prompt = [BOS, 4, 5, 5]
+    return request.param, all_responses(policy, reference, prompt, request.param)
+
+
+def test_expectation_is_the_enumerated_kl(pair, enumerated):
+    temperature, responses = enumerated
+    assert math.fsum(math.exp(p) for _, p, _ in responses) == pytest.approx(1)
+    truth = math.fsum(math.exp(p) * (p - q) for _, p, q in responses)
+    assert truth > 0.05
+    models = [LanguageModel(load(folder)) for folder in pair]
+    scores = score_sequences(*models, [s for s, _, _ in responses], temperature, [EOS])
+    weights = [math.exp(p) for _, p, _ in responses]
+    exact = math.fsum(w * score.kl for w, score in zip(weights, scores, strict=True))
+    assert exact == pytest.approx(truth, rel=1e-5)
+    for (_, p, q), score in zip(responses, scores, strict=True):
+        assert score.log_ratio == pytest.approx(p - q, abs=1e-4)
+
+
+def flags(pair, output, **more):
+    named = {"model_name_or_path": pair[0], "ref_model_name_or_path": pair[1], "output_file": output}
+    named |= {"backend": "hf", "dtype": "float32", "max_new_tokens": LENGTH, **more}
+    return [str(word) for name, value in named.items() if value is not None for word in (f"--{name}", value)]
+
+
+def call(monkeypatch, words):
+    monkeypatch.setattr(sys, "argv", ["get_kl.py", *words])
+    run(get_kl.main)
+
+
+def prompts_file(path, prompts):
+    path.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+    return path
+
+
+def test_sampled_estimate_agrees_with_the_enumerated_kl(tmp_path, monkeypatch, pair, enumerated):
+    temperature, responses = enumerated
+    truth = math.fsum(math.exp(p) * (p - q) for _, p, q in responses)
+    cut = math.fsum(math.exp(p) for s, p, _ in responses if not s.ended)
+    tokens = math.fsum(math.exp(p) * s.tokens for s, p, _ in responses)
+    data = prompts_file(tmp_path / "prompts.jsonl", ["abb"] * 600)
+    output = tmp_path / "kl.json"
+    words = flags(pair, output, dataset_name_or_path=data, temperature=temperature, max_num_seqs=200, batch_size=50)
+    call(monkeypatch, words)
+    result = json.loads(output.read_text())
+    assert abs(result["kl"] - truth) < 4 * result["stderr"] < truth
+    assert abs(result["log_ratio_kl"] - truth) < 4 * result["log_ratio_stderr"]
+    assert result["stderr"] < result["log_ratio_stderr"]
+    assert abs(result["truncated_fraction"] - cut) < 4 * math.sqrt(0.25 / 600)
+    assert abs(result["mean_tokens"] - tokens) < 4 * LENGTH / math.sqrt(600)
+    assert result["kl_per_token"] == pytest.approx(result["kl"] / result["mean_tokens"])
+    assert result["num_prompts"] == 600 and result["settings"]["kl"]["temperature"] == temperature
+
+
+def test_vllm_samples_the_same_policy(tmp_path):
+    """The real engine and command line, against the enumeration."""
+    tokenizer = tiny_tokenizer(characters="ab")
+    folders = [
+        save_tiny_policy(tmp_path / str(i), seed=i, tokenizer=tokenizer, hidden=64, sharpness=6.0) for i in (1, 2)
+    ]
+    responses = all_responses(*map(load, folders), [BOS, 4, 5, 5], 0.7)
+    truth = math.fsum(math.exp(p) * (p - q) for _, p, q in responses)
+    cut = math.fsum(math.exp(p) for s, p, _ in responses if not s.ended)
+    data = prompts_file(tmp_path / "prompts.jsonl", ["abb"] * 300)
+    words = flags(
+        folders,
+        tmp_path / "kl.json",
+        dataset_name_or_path=data,
+        temperature=0.7,
+        backend="vllm",
+        batch_size=50,
+    )
+    done = subprocess.run([sys.executable, get_kl.__file__, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "kl.json").read_text())
+    assert abs(result["kl"] - truth) < 4 * result["stderr"] < truth
+    assert abs(result["truncated_fraction"] - cut) < 4 * math.sqrt(0.25 / 300)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 600])
+def test_batch_size_changes_nothing(pair, enumerated, batch_size):
+    temperature, responses = enumerated
+    sequences = [s for s, _, _ in responses]
+    models = [LanguageModel(load(folder)) for folder in pair]
+    sequences = sequences[:: max(1, 30 // batch_size)]  # few sequences for the small batches, which are slow
+    alone = [score_sequences(*models, [s], temperature, [EOS])[0] for s in sequences[::23]]
+    chunks = [sequences[i : i + batch_size] for i in range(0, len(sequences), batch_size)]
+    together = [s for c in chunks for s in score_sequences(*models, c, temperature, [EOS])][::23]
+    for one, other in zip(alone, together, strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+
+
+def test_chunks_of_positions_change_nothing(pair, enumerated, monkeypatch):
+    temperature, responses = enumerated
+    sequences = [s for s, _, _ in responses][::31]
+    models = [LanguageModel(load(folder)) for folder in pair]
+    whole = score_sequences(*models, sequences, temperature, [EOS])
+    monkeypatch.setattr("evaluation.kl.CHUNK_ELEMENTS", 13)
+    for one, other in zip(whole, score_sequences(*models, sequences, temperature, [EOS]), strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+
+
+def test_identical_models_have_exactly_zero(tmp_path, monkeypatch, pair):
+    data = prompts_file(tmp_path / "prompts.jsonl", ["a", "ab", "bbbab"])
+    call(monkeypatch, flags((pair[0], pair[0]), tmp_path / "kl.json", dataset_name_or_path=data))
+    result = json.loads((tmp_path / "kl.json").read_text())
+    assert result["kl"] == result["log_ratio_kl"] == result["stderr"] == 0
+
+
+def test_prompt_has_one_bos_and_the_stop_token_counts(tmp_path, monkeypatch, pair):
+    """Two responses from a file against a hand-made computation, position by position."""
+    rows = [{"prompt": "ab", "responses": ["ba", "b"], "stop_reasons": ["stop", "length"]}]
+    data = tmp_path / "responses.json"
+    data.write_text(json.dumps({"instances": rows}))
+    output = tmp_path / "kl.json"
+    call(monkeypatch, flags(pair, output, responses=data, temperature=0.9))
+    policy, reference = map(load, pair)
+    steps = {}
+    for prefix in ([], [5], [5, 4]):
+        p, q = (torch.tensor(next_log_probs(m, [BOS, 4, 5, *prefix], 0.9)) for m in (policy, reference))
+        steps[len(prefix)] = (p.exp() * (p - q)).sum().item()
+    first, second = steps[0] + steps[1] + steps[2], steps[0]
+    result = json.loads(output.read_text())
+    assert result["kl"] == pytest.approx((first + second) / 2, rel=1e-4)
+    assert result["kl_per_token"] == pytest.approx((first + second) / 4, rel=1e-4)
+    assert (result["num_prompts"], result["num_responses"]) == (1, 2)
+    assert (result["truncated_fraction"], result["stderr"]) == (0.5, None)
+
+
+def test_model_that_caps_its_logits_is_scored_as_its_own_forward_pass():
+    torch.manual_seed(0)
+    shape = tiny_config(tiny_tokenizer()).to_dict()
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    config = Gemma2Config(
+        **{k: shape[k] for k in names}, num_key_value_heads=2, head_dim=16, final_logit_softcapping=0.5
+    )
+    models = [Gemma2ForCausalLM(config).eval() for _ in range(2)]
+    wrapped = [LanguageModel(model) for model in models]
+    assert not wrapped[0].has_plain_head
+    sequence = Sequence([1, 5, 6], [7, 8], True)
+    p, q = (m(torch.tensor([[1, 5, 6, 7, 8]])).logits[0, 2:].log_softmax(-1) for m in models)
+    truth = torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum").item()
+    assert score_sequences(*wrapped, [sequence], 1.0, [EOS])[0].kl == pytest.approx(truth, rel=1e-5)
+
+
+def test_token_kl_of_impossible_tokens_is_not_nan():
+    p = torch.tensor([[0.0, -math.inf]])
+    q = torch.tensor([[math.log(0.25), math.log(0.75)]])
+    assert token_kl(p, q).item() == pytest.approx(math.log(4))
+    assert token_kl(p, p).item() == 0
+
+
+def test_standard_error_is_over_prompts():
+    sequence = Sequence([1], [4], False)
+    groups = [[(sequence, Score(1, 1)), (sequence, Score(3, 1))], [(sequence, Score(6, 1))]]
+    result = summarize(groups)
+    assert result["kl"] == 4 and result["stderr"] == pytest.approx(2)
+    assert result["kl_per_token"] == pytest.approx(10 / 3)
+
+
+def test_killed_while_scoring_continues_to_the_same_result(tmp_path, monkeypatch, pair):
+    data = prompts_file(tmp_path / "prompts.jsonl", ["a", "ab", "bbb", "bab", "aab"])
+    words = flags(pair, tmp_path / "whole.json", dataset_name_or_path=data, batch_size=2)
+    call(monkeypatch, words)
+    real = score_sequences
+    calls = itertools.count()
+
+    def killed(*arguments):
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr("evaluation.kl.score_sequences", killed)
+    words[words.index("--output_file") + 1] = str(tmp_path / "kl.json")
+    with pytest.raises(SystemExit):
+        call(monkeypatch, words)
+    monkeypatch.setattr("evaluation.kl.score_sequences", real)
+    monkeypatch.setattr(get_kl, "load_generator", None)  # nothing is sampled twice
+    call(monkeypatch, words)
+    assert (tmp_path / "kl.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+
+
+def test_wrong_input_is_one_line(tmp_path, monkeypatch, capsys, pair):
+    data = prompts_file(tmp_path / "prompts.jsonl", ["a"])
+    other = save_tiny_policy(tmp_path / "other", seed=1, tokenizer=tiny_tokenizer(characters="xy"))
+    row = {"prompt": "ab", "responses": ["ba"], "stop_reasons": ["stop"]}
+
+    def made_with(**settings):
+        responses = tmp_path / f"{next(iter(settings))}.json"
+        responses.write_text(json.dumps({"instances": [row], "settings": {"generate": settings}}))
+        return {"responses": responses, "temperature": 0.7}
+
+    output = tmp_path / "kl.json"
+    capsys.readouterr()
+    for words, said in [
+        (flags((pair[0], other), output, dataset_name_or_path=data), "different vocabularies"),
+        (flags(pair, output, dataset_name_or_path=data, temperature=0), "temperature above 0"),
+        (flags(pair, output, dataset_name_or_path=tmp_path / "no.jsonl"), "no.jsonl"),
+        (flags(pair, output, dataset_name_or_path=data, max_new_tokens=1000), "256 tokens"),
+        (flags(pair, output), "required"),
+        (flags(pair, output, **made_with(temperature=0.1)), "sampled at temperature 0.1"),
+        (flags(pair, output, **made_with(policy="/another")), "sampled from /another"),
+        (flags(pair, output, **made_with(sampler=[[1, [0, 1], [0, 1]]])), "not the policy alone"),
+    ]:
+        with pytest.raises(SystemExit) as refused:
+            call(monkeypatch, words)
+        error = capsys.readouterr().err
+        assert refused.value.code == 2 and error.count("\n") == 1 and said in error, error
+        assert not output.exists()
+
+
+def test_heads_of_unequal_width_are_refused(pair):
+    wide = load(pair[0])
+    wide.resize_token_embeddings(8)
+    with pytest.raises(UserError, match="8 and 6"):
+        check_same_width(LanguageModel(wide), LanguageModel(load(pair[1])))

@@ -1,0 +1,88 @@
+"""Every command of docs/tutorial.md, in order, in a copy of the project: quickstart.sh on the real models among them.
+
+The commands are the reader's own; constants in the environment only make the runs small.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from commands import PROJECT, run
+
+from common.records import read_records
+
+pytestmark = pytest.mark.slow
+
+SMALL = {
+    "TRAIN_END": "8",
+    "TEST_START": "400",
+    "TEST_END": "404",
+    "KL_PROMPTS": "4",
+    "MAX_NEW_TOKENS": "12",
+    "EPOCHS": "1",
+    "SEEDS": "1",
+}
+
+
+def blocks(language: str) -> list[str]:
+    text = (PROJECT / "docs/tutorial.md").read_text()
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def copy_of_the_project(folder):
+    """The files that git knows, with the environment that is here already."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=PROJECT, capture_output=True, text=True, check=True)
+    for name in filter(None, listed.stdout.split("\0")):
+        if (PROJECT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(PROJECT / name, folder / name)
+    (folder / ".venv").symlink_to(PROJECT / ".venv")
+
+
+def add_row(table, row: str) -> None:
+    """Does what the reader does: puts the row into the table."""
+    before, found, after = table.read_text().partition("MIXTURES = {\n")
+    assert found
+    table.write_text(before + found + row + after)
+
+
+def test_every_command_of_the_tutorial(tmp_path):
+    copy_of_the_project(tmp_path)
+    # Assets that are here already are not made again.
+    here = PROJECT / "alignment/assets"
+    constants = SMALL | ({"ASSETS": str(here)} if (here / "judge").exists() else {})
+    [row] = blocks("python")
+    outputs = []
+    for number, commands in enumerate(blocks("bash")):
+        if number == 1:
+            add_row(tmp_path / "bandit/mixtures.py", row)
+        result = run(["bash", "-ec", f"cd {tmp_path}\n{commands}"], **constants)
+        assert result.returncode == 0, f"{commands}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
+        outputs.append(result.stdout)
+    check_bandit(tmp_path / "bandit/results/bold")
+    check_quickstart(tmp_path / "alignment/runs/bold", outputs)
+    seeds = (tmp_path / "alignment/runs/bold_seeds/results/seeds.md").read_text()
+    assert "bold" in seeds and "missing" not in seeds
+
+
+def check_bandit(folder):
+    with np.load(folder / "trajectories.npz") as data:
+        for series in ("param_diff", "value", "max_delta"):
+            np.testing.assert_array_equal(data[f"bold/exact/{series}"], data[f"mix_1_0_1/exact/{series}"])
+        assert (data["bold/exact/param_diff"][:, -1] < data["bold/exact/param_diff"][:, 0]).all()
+
+
+def check_quickstart(folder, outputs):
+    instances, settings = read_records(folder / "data/data_with_rewards_iter2_bold.json", ("responses", "rewards"))
+    assert len(instances) == 8
+    # A real language model answers in words, and the two distributions differ.
+    assert all(any(c.isalpha() for c in text) for i in instances for text in i["responses"])
+    assert sum(len(set(i["responses"])) == 2 for i in instances) >= 6
+    assert settings["generate"]["sampler"] == [[1.0, [2.0, -1.0], [1.0, 0.0]]]
+    assert json.loads((folder / "results/kl_bold_2.json").read_text())["kl"] > 0
+    table = (folder / "results/summary.md").read_text()
+    assert "base" in table and "bold" in table
+    assert any("runs/bold/results/report.html" in output for output in outputs)

@@ -1,0 +1,32 @@
+"""Running the project's real scripts from tests."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[2]
+ALIGNMENT = PROJECT / "alignment"
+
+
+def python(script: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    """Runs `alignment/<script>` with this interpreter; standard output and error are captured as text."""
+    command = [sys.executable, str(ALIGNMENT / script), *map(str, arguments)]
+    return run(command, **environment)
+
+
+def bash(script: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    """Runs a bash script of the project; the path is relative to the project's folder."""
+    return run(["bash", str(PROJECT / script), *map(str, arguments)], **environment)
+
+
+def run(command: list[str], **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command,
+        env={**os.environ, **{name: str(value) for name, value in environment.items()}},
+        cwd="/",  # every script works from any folder
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=1500,
+    )

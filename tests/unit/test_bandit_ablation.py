@@ -1,0 +1,265 @@
+"""The ablation: label noise, joint draws, step sizes, tuning, and the real command line at tiny size."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy import stats
+
+from bandit import ablation, exact, sampled, tuned
+from bandit.problem import draw_rewards, gaps, make_bandit
+from bandit.samplers import SAMPLERS, get_sampler
+from bandit.simulate import simulate
+from bandit.steps import largest_stable_lr
+
+ROOT = Path(__file__).parents[2]
+BETA = 1.3
+
+
+def run_script(name, *arguments):
+    """Runs bandit/examples/<name>.py; returns the finished process."""
+    command = [sys.executable, str(ROOT / "bandit" / "examples" / f"{name}.py"), *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.parametrize("name", ["DPO-Unif", "DPO-Mix-P", "DPO-Mix-P*", "online", "best-worst"])
+def test_flipped_labels_enter_the_gradient_as_written(name):
+    rng = np.random.default_rng(0)
+    rewards, u = rng.normal(size=(2, 1, 5))
+    bandit, noise = make_bandit(rewards, BETA, label_noise=0.15), 0.15
+    weights = torch.tensor(get_sampler(name).weights(u, bandit)[0][0])
+    theta = torch.tensor(u[0] / BETA, requires_grad=True)
+    d = BETA * (theta[:, None] - theta[None, :])
+    wins = torch.sigmoid(torch.tensor(gaps(rewards)[0]))
+    wins = wins * (1 - noise) + (1 - wins) * noise
+    (-(weights / weights.sum() * (wins * F.logsigmoid(d) + (1 - wins) * F.logsigmoid(-d))).sum()).backward()
+    out = np.empty_like(u)
+    exact.make_increment(bandit, get_sampler(name), 0.4)(u, out)
+    np.testing.assert_allclose(out[0], -BETA * 0.4 * theta.grad.numpy(), rtol=1e-10, atol=1e-14)
+
+
+def test_flipped_labels_of_many_arms_equal_the_direct_sums():
+    rng = np.random.default_rng(1)
+    bandit = make_bandit(rng.normal(size=(2, 400)), BETA, label_noise=0.2)
+    u, out = rng.normal(size=(2, 400)), np.empty((2, 400))
+    exact.fixed_interpolated(bandit, SAMPLERS["DPO-Mix-R"], 1.0)(u, out)
+    direct = exact.dense(u, bandit, SAMPLERS["DPO-Mix-R"], 1.0)
+    np.testing.assert_allclose(out, direct, atol=1e-12 * np.abs(direct).max())
+
+
+def test_flipped_labels_are_drawn():
+    bandit = make_bandit(np.random.default_rng(2).normal(size=4), BETA, label_noise=0.3)
+    weights, _ = SAMPLERS["DPO-Mix-R"].weights(bandit.rewards, bandit)
+    cells, rng, rewards = (
+        sampled.cell_probabilities(weights, bandit)[0],
+        np.random.default_rng(3),
+        bandit.rewards[0],
+    )
+    pairs = rng.choice(16, size=300_000, p=weights[0].ravel() / weights.sum())
+    first, second = np.divmod(pairs, 4)
+    first_wins = rng.random(len(pairs)) < 1 / (1 + np.exp(rewards[second] - rewards[first]))
+    first_wins ^= rng.random(len(pairs)) < 0.3
+    winner, loser = np.where(first_wins, first, second), np.where(first_wins, second, first)
+    counts = np.bincount(winner * 4 + loser, minlength=16)
+    assert stats.chisquare(counts, cells * counts.sum()).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("num_samples", [2, 200])  # fewer than the cells, and more
+def test_joint_draws_follow_each_rows_cells(num_samples):
+    cells = np.random.default_rng(4).dirichlet(np.ones(9), size=3)
+    cells[1] = [0, 0.5, 0, 0, 0.25, 0.25, 0, 0, 0]
+    stream, total = np.random.default_rng(5), np.zeros((3, 9), int)
+    for _ in range(60_000 // num_samples // 3):
+        counts = sampled.draw_rows(stream, cells, num_samples)
+        assert (counts.sum(axis=1) == num_samples).all()
+        total += counts
+    for row, expected in zip(total, cells, strict=True):
+        possible = expected > 0
+        assert row[~possible].sum() == 0
+        assert stats.chisquare(row[possible], (expected * row.sum())[possible]).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("name", ["DPO-Unif", "mixp", "implicit-best-worst"])
+def test_the_joint_increment_is_the_exact_one_on_average(name):
+    rng = np.random.default_rng(6)
+    bandit, u = make_bandit(rng.normal(size=(2, 4)), BETA), rng.normal(size=(2, 4))
+    lr = np.array([[0.3], [1.1]])
+    expected, out = np.empty_like(u), np.empty_like(u)
+    exact.make_increment(bandit, SAMPLERS[name], lr)(u, expected)
+    draw = sampled.make_joint_increment(bandit, SAMPLERS[name], lr, 3, np.random.default_rng(7))
+    drawn = []
+    for _ in range(2000):
+        draw(u, out)
+        drawn.append(out.copy())
+    assert (np.abs(np.mean(drawn, 0) - expected) < 5 * np.std(drawn, 0) / np.sqrt(2000)).all()
+
+
+@pytest.mark.parametrize("name", ["DPO-Unif", "DPO-Mix-R", "DPO-Opt-Unif"])
+def test_the_stability_limit_at_a_state_is_two_over_the_measured_curvature(name):
+    rng = np.random.default_rng(8)
+    bandit, u, h = make_bandit(rng.normal(size=(1, 5)), BETA), rng.normal(size=(1, 5)), 1e-6
+    increment, columns = exact.make_increment(bandit, SAMPLERS[name], 1.0), []
+    for direction in np.eye(5):
+        ahead, behind = np.empty_like(u), np.empty_like(u)
+        increment(u + h * direction, ahead)
+        increment(u - h * direction, behind)
+        columns.append((behind - ahead)[0] / (2 * h))
+    curvature = np.linalg.eigvals(np.array(columns)).real.max()
+    assert largest_stable_lr(SAMPLERS[name], bandit, u)[0] == pytest.approx(2 / curvature, rel=1e-6)
+
+
+def test_updates_needed_are_those_of_the_recorded_series():
+    bandit = make_bandit(draw_rewards("normal", 3, 6, 9), BETA)
+    series = simulate(bandit, "online", SAMPLERS["online"], "exact", 6.0, 250, 1, 0)
+    found = tuned.updates_needed(bandit, SAMPLERS["online"], np.full((3, 1), 6.0), 100)
+    for key, limit in (("param_diff", 1e-3), ("value_diff", 1e-3 * series["value_diff"][:, :1])):
+        expected = [min(np.flatnonzero(row[:101]), default=np.inf) for row in series[key] <= limit]
+        np.testing.assert_array_equal(found[f"updates_{key}"], expected)
+    # Two environments arrive in time, the third one later.
+    assert np.isfinite(found["updates_param_diff"]).sum() == 2 and series["param_diff"].min(axis=1).max() < 1e-3
+
+
+def test_a_budget_is_spent_in_updates_of_so_many_pairs():
+    bandit, lr = make_bandit(draw_rewards("normal", 2, 4, 10), BETA), np.full((2, 1), 0.05)
+    spent = tuned.spend_budget(bandit, SAMPLERS["online"], lr, 90, 30, np.random.default_rng(11))
+    increment = sampled.make_joint_increment(bandit, SAMPLERS["online"], lr, 30, np.random.default_rng(11))
+    u, out = np.zeros((2, 4)), np.empty((2, 4))
+    for _ in range(3):
+        increment(u, out)
+        u = u + out
+    np.testing.assert_allclose(spent["param_diff"], np.abs(gaps(bandit.rewards - u)).mean((1, 2)), rtol=1e-12)
+
+
+def test_steps_are_tuned_on_the_first_environments_and_used_on_the_others():
+    bandit, sampler = make_bandit(draw_rewards("normal", 7, 4, 12), BETA), SAMPLERS["DPO-Mix-R"]
+
+    def run(part, lr):
+        """Best at half of the limit for the one outcome, at the limit for the other."""
+        share = lr[:, 0] / tuned.stability_limit(sampler, part)
+        return {"half": np.abs(share - 0.5) + part.rewards[:, 0], "whole": np.where(share == 1, 3.0, np.inf)}
+
+    outcomes, chosen = tuned.at_tuned_steps(bandit, sampler, 3, (0.25, 0.5, 1.0), run)
+    assert chosen == {"half": 0.5, "whole": 1.0}
+    np.testing.assert_allclose(outcomes["half"], bandit.rewards[3:, 0], atol=1e-12)
+    np.testing.assert_array_equal(outcomes["whole"], np.full(4, 3.0))
+
+
+def test_settings_change_the_environments_as_their_names_say():
+    base = ablation.environments(ablation.DEFAULTS, 4, 0)
+    np.testing.assert_allclose(base.log_ref, -np.log(20))
+    other = {**ablation.DEFAULTS, "reward_gap": 2.0, "reference": 0.5, "label_noise": 0.1, "beta": 3.0}
+    bandit = ablation.environments(other, 4, 0)
+    np.testing.assert_allclose(bandit.rewards, 2 * base.rewards)
+    target = np.exp(0.5 * bandit.rewards)
+    np.testing.assert_allclose(np.exp(bandit.log_ref), target / target.sum(1, keepdims=True))
+    assert (bandit.label_noise, bandit.beta) == (0.1, 3.0)
+
+
+def test_every_cell_of_every_sweep_has_a_known_sampler_and_known_settings():
+    for sweep in ablation.SWEEPS.values():
+        cells = list(sweep.cells())
+        assert len(cells) == np.prod(sweep.shape)
+        for _, setting in cells:
+            assert set(setting) == set(ablation.DEFAULTS)
+            get_sampler(ablation.sampler_name(setting))
+
+
+def test_axes_reach_the_cell():
+    cells = dict(ablation.SWEEPS["beta-budget"].cells())
+    assert ablation.sampler_name(cells[0, 3, 4]) == "mix_1_1_1" and cells[0, 3, 4]["beta"] == 3
+    cells = dict(ablation.SWEEPS["ab-exact"].cells())
+    assert ablation.sampler_name(cells[1, 0, 2]) == "mix_-1_1_1" and cells[1, 0, 2]["beta"] == 3
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0, 3.0])
+def test_the_theory_pair_is_the_member_beta_minus_1_beta_plus_1_where_the_reference_is_uniform(beta):
+    bandit, u = make_bandit(np.zeros(5), beta), np.random.default_rng(13).normal(size=(1, 5))
+    member, theory = (
+        get_sampler(name).weights(u, bandit).matrix for name in (f"mix_{beta - 1}_{beta + 1}_1", "DPO-Mix-P-2")
+    )
+    np.testing.assert_allclose(member / member.sum(), theory / theory.sum(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("beta", [0.5, 2.0])
+def test_pilafs_pairs_weigh_the_loss_like_products_of_the_policys_probabilities(beta):
+    """w sigma'(d) is proportional to pi(y) pi(y'): the curvature that the page on samplers speaks of."""
+    rng = np.random.default_rng(14)
+    bandit, u = make_bandit(np.zeros(5), beta, np.log(rng.dirichlet(np.ones(5)))), rng.normal(size=(1, 5))
+    pi, d = np.exp(bandit.log_policy(u))[0], gaps(u)[0]
+    weights = get_sampler(f"mix_{beta}_{beta}_1").weights(u, bandit).matrix[0] / pi[:, None] / pi[None, :]
+    assert np.ptp(weights / (np.exp(d) + np.exp(-d))) < 1e-10 * weights.max()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ablation")
+    process = run_script(
+        "ablation", "--sweeps", "beta-exact", "p", "samplers-budget", "num_actions", "--quick", "--num_envs", 3,
+        "--num_tuning", 2, "--num_workers", 2, "--output_dir", folder,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    return folder
+
+
+def test_command_line_writes_results_and_figures(tiny):
+    figures = ["heat_beta-exact", "dots_samplers-budget"]
+    figures += [f"lines_{who}_{what}" for who in ("samplers", "family") for what in ("value_diff", "param_diff")]
+    files = {f"{figure}.{kind}" for figure in figures for kind in ("pdf", "png")}
+    assert {path.name for path in tiny.iterdir()} == files | {"results.csv", "results.npz", "config.json"}
+    assert json.loads((tiny / "config.json").read_text())["settings"]["num_envs"] == 3
+    data = np.load(tiny / "results.npz")
+    assert data["beta-exact/updates_param_diff"].shape == (1, 4, 3, 3)
+    rows = list(csv.DictReader((tiny / "results.csv").open()))
+    assert {row["sweep"] for row in rows} == {"beta-exact", "p", "samplers-budget", "num_actions"}
+    for row in rows:
+        assert float(row["low"]) <= float(row["median"]) <= float(row["high"])
+    row = next(r for r in rows if (r["sweep"], r["y_value"], r["outcome"]) == ("p", "0.5", "value_diff"))
+    assert float(row["median"]) == pytest.approx(np.median(data["p/value_diff"][0, 0, 0]))
+
+
+def test_the_number_of_processes_changes_no_result(tiny, tmp_path):
+    process = run_script(
+        "ablation", "--sweeps", "p", "--quick", "--num_envs", 3, "--num_tuning", 2, "--num_workers", 1,
+        "--output_dir", tmp_path,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    one, two = np.load(tmp_path / "results.npz"), np.load(tiny / "results.npz")
+    for key in one.files:
+        np.testing.assert_array_equal(one[key], two[key])
+
+
+def test_results_of_other_settings_are_kept(tiny):
+    before = (tiny / "results.csv").read_bytes()
+    process = run_script("ablation", "--sweeps", "p", "--quick", "--output_dir", tiny)
+    assert process.returncode == 2 and "holds results of other settings" in process.stderr
+    assert len(process.stderr.splitlines()) == 1 and (tiny / "results.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "arguments, culprit",
+    [
+        (["--sweeps", "gamma"], "'gamma'"),
+        (["--num_envs", "0"], "--num_envs"),
+        (["--num_tuning", "none"], "--num_tuning"),
+        (["--seed", "-1"], "--seed"),
+        (["--num_workers", "0.5"], "--num_workers"),
+        (["--beta", "1"], "--beta"),
+    ],
+)
+def test_bad_input_ends_with_one_line_and_writes_nothing(arguments, culprit, tmp_path):
+    process = run_script("ablation", *arguments, "--output_dir", tmp_path / "out")
+    assert process.returncode == 2 and culprit in process.stderr
+    assert len(process.stderr.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+def test_help_names_every_sweep():
+    text = run_script("ablation", "--help").stdout
+    assert all(f"  {name} " in text for name in ablation.SWEEPS)
