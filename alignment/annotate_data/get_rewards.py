@@ -171,7 +171,8 @@ class Job:
                 raise UserError(
                     f"{self.source}: row {row}: response {k} was given the score {score} (text {text!r} …)"
                 )
-        new = {key: score for key, score in zip(map(self._key, indices), scores) if key not in self.journal.rows}
+        found = dict(zip(map(self._key, indices), scores, strict=True))
+        new = {key: score for key, score in found.items() if key not in self.journal.rows}
         for key, score in new.items():
             self.journal.add(key, score)
         return len(new)
