@@ -1,22 +1,28 @@
 """Generation with vLLM: one engine, one continuous batch, for any mix of policy, reference and their mixtures."""
 
 import gc
-import os
 import threading
 from collections.abc import Iterable, Iterator
 from multiprocessing import connection
+
+from vllm_logit_mixture.environment import set_defaults
 
 from common.cli import UserError
 from common.models import default_device, give_memory_back, load_config
 from generation.interface import EngineDied, Request, Response, Sampling
 
 CPU_OPTIONS = {
-    "enforce_eager": True,  # compiling takes longer than it saves
     # A prompt split over steps draws a token too early, and vLLM winds the request's random stream back, which
     # torch cannot do on a CPU: it would crash.
     "enable_chunked_prefill": False,
     # Responses to one prompt share whole blocks of its cache. vLLM's 128 tokens are longer than most prompts.
     "block_size": 32,
+}
+# What is compiled when an engine starts. Graphs without Inductor cover the steps in which all requests decode.
+COMPILE = {
+    "eager": {"enforce_eager": True},
+    "cudagraphs": {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}},
+    "inductor": {"enforce_eager": False},
 }
 
 
@@ -32,6 +38,8 @@ class VLLMGenerator:
         tensor_parallel_size: over how many GPUs each layer is split.
         gpu_memory_utilization: share of a GPU's memory that the engine may take.
         trust_remote_code: run code that comes with the model.
+        compile: `eager`, `cudagraphs` (captured at each start, GPU only) or `inductor` (vLLM's default: compiles for
+            minutes for every model folder, since its cache's key holds the folder's name).
         engine_options: anything else for `vllm.LLM`.
     """
 
@@ -45,10 +53,14 @@ class VLLMGenerator:
         tensor_parallel_size: int = 1,
         gpu_memory_utilization: float = 0.9,
         trust_remote_code: bool = False,
+        compile: str = "eager",
         **engine_options,
     ) -> None:
         self.mixes = policy is not None and reference is not None
-        _set_environment(tensor_parallel_size)
+        on_gpu = default_device() == "cuda"
+        if compile == "cudagraphs" and not on_gpu:
+            raise UserError("--compile cudagraphs: needs a GPU")
+        set_defaults(on_gpu, tensor_parallel_size)
         LLM = _import_vllm()
         options = {"model": policy or reference}
         if self.mixes:
@@ -68,7 +80,7 @@ class VLLMGenerator:
             use_tqdm_on_load=False,
             # The pipeline puts end tokens itself (`Sampling`), the same for both back ends.
             generation_config="vllm",
-            **(CPU_OPTIONS if default_device() == "cpu" else {}) | engine_options,
+            **({} if on_gpu else CPU_OPTIONS) | COMPILE[compile] | engine_options,
         )
         self.window = 4 * max_num_seqs
         _watch_engine(self.llm.llm_engine.engine_core)
@@ -160,22 +172,3 @@ def _import_vllm():
         gc.enable()
     gc.freeze()
     return LLM
-
-
-def _set_environment(tensor_parallel_size: int) -> None:
-    """What vLLM reads from the environment when it is imported; a user's own setting wins."""
-    # Where Triton is present vLLM would take its second model runner, which refuses the interface through which the
-    # plugin follows batch slots. One runner for all samplers, so that they differ in nothing else.
-    defaults = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
-    if default_device() == "cpu":
-        defaults |= {
-            "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # its own binding leaves cores idle
-            "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // tensor_parallel_size)),
-        }
-        if tensor_parallel_size == 1:
-            defaults["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    if os.environ.get("VLLM_LOGGING_LEVEL") is None:
-        defaults["VLLM_LOGGING_LEVEL"] = "ERROR"
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
