@@ -1,4 +1,4 @@
-"""What an engine finds in the environment and in its options, with the GPU's branch forced on a machine without one."""
+"""What an engine finds in the environment and in its options; the GPU's branch is forced."""
 
 import os
 
