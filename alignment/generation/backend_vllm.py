@@ -172,9 +172,8 @@ def _as_response(output, sampling: Sampling) -> Response:
     if answer.finish_reason not in ("stop", "length"):
         raise UserError(f"vLLM ended response {output.request_id} with {answer.finish_reason!r}")
     ids = list(answer.token_ids)
-    if ids and ids[-1] in sampling.stop_token_ids:
-        return Response(output.request_id, ids[:-1], "stop")
-    return Response(output.request_id, ids, "length")
+    ended = bool(ids) and ids[-1] in sampling.stop_token_ids
+    return Response(output.request_id, ids, "stop" if ended else "length")
 
 
 def _import_vllm():

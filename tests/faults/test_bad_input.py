@@ -27,6 +27,18 @@ CASES = [
     for script, right, table in SCRIPTS
     for name, (wrong, parts) in table.items()
 ]
+RULES = """def good(prompt, responses, fields):
+    return [1] * len(responses)
+
+def fails(prompt, responses, fields):
+    return fields["absent"]
+
+def one(prompt, responses, fields):
+    return [1]
+
+def infinite(prompt, responses, fields):
+    return [1, float("inf")]
+"""
 ROW = {
     "prompt": "a cat",
     "responses": ["ab", "cd"],
@@ -62,6 +74,8 @@ def texts() -> dict[str, str | bytes]:
         "no_rows.json": "[]",
         "no_instances.json": '{"instances": []}',
         "torn.jsonl": '{"prompt": "a"}\n{"prompt": "b\n',
+        "rules.py": RULES,
+        "torn.py": "def good(:",
         "latin.jsonl": b'{"prompt": "\xe9"}\n',
         "deep.json": "[" * 100_000,
         "digits.json": "[" + "9" * 5000 + "]",

@@ -99,9 +99,9 @@ def greedy(models, request: Request, sampling: Sampling):
     ids, sampled = list(request.prompt_ids), []
     while len(sampled) < sampling.max_new_tokens:
         token = int(mixed_logits(models, ids, request.weights).argmax())
+        sampled.append(token)
         if token in sampling.stop_token_ids:
             return sampled, "stop"
-        sampled.append(token)
         ids.append(token)
     return sampled, "length"
 
@@ -175,7 +175,6 @@ def test_sampled_frequencies(models, engine, hf):
     exact = (mixed_logits(models, prompt, weights) / temperature).softmax(-1)
     requests = [Request(str(i), prompt, weights, 1000 + i) for i in range(n)]
     for generator in (engine, hf):
-        # With every id a stop token each response is one token; the id itself is then dropped, so ask for length.
         counts = torch.zeros(len(exact), dtype=torch.float64)
         for response in generator.generate(requests, Sampling(temperature, 1, [])):
             counts[response.token_ids[0]] += 1
@@ -188,12 +187,12 @@ def test_gumbel_sampling_at_zero_temperature_is_argmax():
     assert sample(logits, 0, []).tolist() == [1, 0]
 
 
-def test_end_token_is_counted_and_not_part_of_the_text(engine, hf):
+def test_the_stop_token_is_the_last_id(engine, hf):
     requests = make_requests(6, seed=3)
     every = list(range(len(tiny_tokenizer())))
     for generator in (engine, hf):
         for response in generator.generate(requests, Sampling(1.0, 8, every)):
-            assert (response.token_ids, response.stop_reason, response.num_tokens) == ([], "stop", 1)
+            assert (len(response.token_ids), response.stop_reason) == (1, "stop")
 
 
 def test_models_of_the_embedded_kind_load_with_pad_equal_to_eos(tmp_path):
