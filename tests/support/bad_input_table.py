@@ -208,7 +208,7 @@ TRAIN = {
     ),
     "too few rewards": (
         "--train_dir few.json",
-        ["few.json: row 1: 'rewards' is not a list with one entry a response"],
+        ["few.json: row 1: 'rewards' is not a list with one entry per response"],
     ),
     "one response": ("--train_dir single.json", ["single.json: row 0: one response only"]),
     "equal rewards": (
