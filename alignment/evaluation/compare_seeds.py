@@ -42,7 +42,7 @@ from evaluation.stats import (
     rate_of_wins,
     wins,
 )
-from evaluation.tables import cell, csv_text, kl_of, markdown, value_of
+from evaluation.tables import cell, csv_text, kl_of, markdown, value_of, warnings
 
 NOTE = (
     "Mean [95% interval] over training seeds and test prompts together (crossed random effects, Student's). p: "
@@ -82,18 +82,19 @@ def main() -> None:
     check_same_settings(dict(zip(folders, runs, strict=True)))
     found = comparisons(runs, samplers, args.iterations, args.beta / args.margin_scale)
     rows, words = table(runs, samplers, args.iterations, found), verdict(runs, samplers, args.iterations, found)
-    note = NOTE.format(samplers[0])
+    warned = [f"{f.name}: {text}" for f, one in zip(folders, runs, strict=True) for text in warnings(one, models)]
+    note, text = NOTE.format(samplers[0]), "\n".join(warned + words)
     results = run_dir / "results"
     with writing(results):
         results.mkdir(exist_ok=True)
         figure = reward_vs_kl(runs, samplers, args.iterations)
         figures = save_figure(figure, "reward_vs_kl_over_seeds", CAPTION, results) if figure else {}
-    write_atomic(results / "seeds.md", f"{markdown(rows)}\n{words}\n{note}\n")
+    write_atomic(results / "seeds.md", f"{markdown(rows)}\n{text}\n{note}\n")
     write_atomic(results / "seeds.csv", csv_text(rows))
     title = f"{len(runs)} seeds of {run_dir.resolve().name}"
     tables = {f"After iteration {args.iterations}": (note, rows)}
-    write_atomic(results / "report.html", page(title, [words], [], tables, figures, runs[0], []))
-    print(f"\n{markdown(rows)}\n{words}\n\nTable, figure and the report page: {results}/report.html")
+    write_atomic(results / "report.html", page(title, words, warned, tables, figures, runs[0], []))
+    print(f"\n{markdown(rows)}\n{text}\n\nTable, figure and the report page: {results}/report.html")
 
 
 def check_same_settings(runs: dict[Path, Run]) -> None:
@@ -147,12 +148,17 @@ def comparisons(runs: list[Run], samplers: list[str], iteration: int, beta: floa
         values = {m.label: values for m in last if (values := values_of(m)) is not None}
         if samplers[0] in values:
             paired = {name: v - values[samplers[0]] for name, v in values.items() if name != samplers[0]}
-            found[column] = corrected({name: (crossed_effect(v), v) for name, v in paired.items()})
+            found[column] = corrected({name: (effect_over_seeds(v), v) for name, v in paired.items()})
     rewards, kl = [stacked(runs, "rewards", m) for m in last], [stacked_kl(runs, m) for m in last]
     if all(values is not None for values in (*rewards, *kl)):
         effects = at_equal_kl(np.stack(rewards, axis=1), np.stack([k.mean(axis=1) for k in kl], axis=1))
         found["equal KL"] = corrected({n: (e, None) for n, e in zip(samplers[1:], effects or [], strict=False)})
     return found
+
+
+def effect_over_seeds(paired: np.ndarray) -> Effect:
+    """Return the effect of paired differences [S, N]; one seed shows nothing about others."""
+    return crossed_effect(paired) if len(paired) > 1 else Effect(float(paired.mean()))
 
 
 def corrected(effects: dict[str, tuple[Effect, np.ndarray | None]]) -> dict[str, tuple]:
@@ -207,20 +213,25 @@ def _alarm(found: dict, sampler: str) -> str:
     return "–" if share is None else f"{share:.2f}"
 
 
-def verdict(runs: list[Run], samplers: list[str], iteration: int, found: dict) -> str:
-    """Return what the seeds and prompts show and what they do not, in words."""
+def verdict(runs: list[Run], samplers: list[str], iteration: int, found: dict) -> list[str]:
+    """Return what the seeds and prompts show and what they do not, in sentences."""
     words = []
     for column, name in (JUDGES | {"value": "value", "equal KL": "reward at equal KL"}).items():
-        there = found.get(column, {})
-        clear = [f"{s} ({e.value:+.2f})" for s, (e, p, _) in there.items() if p is not None and p < 0.05]
+        there = {sampler: (effect, p) for sampler, (effect, p, _) in found.get(column, {}).items() if p is not None}
+        clear = [f"{sampler} {effect.value:+.2f}" for sampler, (effect, p) in there.items() if p < 0.05]
         if there:
-            words.append(f"by the {name} {', '.join(clear) or 'none'} of {len(there)}")
+            words.append(f"{name}: {', '.join(clear) or 'none'} (of {len(there)})")
     if not words:
-        return "No sampler has been evaluated beside the first one yet."
-    return (
-        f"Differences from {samplers[0]} after iteration {iteration} that are clear over {len(runs)} seeds and the "
-        f"prompts together, Holm-corrected at 5%: {'; '.join(words)}."
+        return [f"Nothing can be said about differences from {samplers[0]}: that needs two seeds that are evaluated."]
+    halves = [effect.half for effect, p, _ in found.get("rewards", {}).values() if p is not None]
+    size = f"Differences in reward below {max(halves):.2f} could not have been told from 0 at this size. " * bool(
+        halves
     )
+    return [
+        f"Clear differences from {samplers[0]} after iteration {iteration}, over {len(runs)} seeds and the prompts "
+        f"together, Holm-corrected at 5%. {'; '.join(words)}.",
+        f"{size}Seeds are few: a sampler that is missing here is not shown to be equal.",
+    ]
 
 
 class Band(NamedTuple):

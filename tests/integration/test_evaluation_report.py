@@ -121,7 +121,7 @@ def test_page_holds_what_the_models_say(run_dir, results):
     for label, n in MODELS:
         for scored in ("rewards", "judge"):
             instances = json.loads(names.evaluation(run_dir, TEST, n, label, scored).read_text())["instances"]
-            assert all(f"{i['rewards'][0]:.2f}</span>" in page for i in instances)
+            assert all(f"{i['rewards'][0]:z.2f}</span>" in page for i in instances)
         assert all(f"<p>{escape(i['responses'][0])}</p>" in page for i in instances if i["responses"][0].strip())
     assert page.count("<article") == 2 * 4 * 4  # side by side; all four again as the best and worst of each model
 
