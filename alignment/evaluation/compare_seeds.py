@@ -23,6 +23,8 @@ from evaluation.run_files import (
     APART,
     BASE,
     JUDGES,
+    KL,
+    TEST,
     Model,
     Run,
     agreed,
@@ -47,11 +49,12 @@ from evaluation.tables import cell, csv_text, kl_of, markdown, value_of, warning
 NOTE = (
     "Mean [95% interval] over training seeds and test prompts together (crossed random effects, Student's). p: "
     "two-sided, Holm-corrected over the samplers of a column. Win rates: Wilson's. KL: on the logarithmic scale, "
-    "geometric mean. At equal KL: reward = seed + sampler + slope · log KL. False alarm: how often one run's "
-    "interval over prompts alone excludes 0 where the sampler does not differ from {}."
+    "geometric mean. At equal KL: reward = seed + sampler + slope · log KL, both of the same responses where those "
+    "are scored. False alarm: how often one run's interval over prompts alone excludes 0 where the sampler does not "
+    "differ from {}."
 )
 CAPTION = (
-    "Mean reward on the test prompts against the KL from the base. Thin: the seeds' curves, from the base model "
+    "Mean reward against the KL from the base model. Thin: the seeds' curves, from the base model "
     "through the shared iteration 1 to the last model (dot); band: their range; thick: their mean, where all reach."
 )
 
@@ -103,18 +106,30 @@ def check_same_settings(runs: dict[Path, Run]) -> None:
         agreed({path: one.settings.get(heading, {}) for path, one in runs.items()}, APART | {"seed"})
 
 
-def stacked(runs: list[Run], judge: str, model: Model) -> np.ndarray | None:
-    """Return rewards [S, N] of a model on the test prompts; None unless every seed has them.
+def stacked(runs: list[Run], judge: str, model: Model, part: str = TEST) -> np.ndarray | None:
+    """Return rewards [S, N] of a model on the prompts `part`; None unless every seed has them.
 
     Raises:
-        UserError: the seeds were tested on different prompts.
+        UserError: the seeds answered different prompts.
     """
-    found = [one.test(model, judge) for one in runs]
+    found = [one.answers.get((judge, part, model)) for one in runs]
     if None in found:
         return None
     if any(answers.prompts != found[0].prompts for answers in found):
-        raise UserError(f"{model.title}: the seeds were tested on different prompts; they cannot be compared")
+        raise UserError(f"{model.title}: the seeds answered different prompts; they cannot be compared")
     return np.stack([answers.rewards for answers in found])
+
+
+def beside_kl(runs: list[Run], judge: str, models: list[Model]) -> list[np.ndarray] | None:
+    """Return rewards [S, N] of each model to set against its KL; None where some are missing.
+
+    They are of the responses that the KL was measured on where all have them, else of the test prompts.
+    """
+    for part in (KL, TEST):
+        found = [stacked(runs, judge, model, part) for model in models]
+        if all(rewards is not None for rewards in found):
+            return found
+    return None
 
 
 def stacked_kl(runs: list[Run], model: Model) -> np.ndarray | None:
@@ -149,8 +164,8 @@ def comparisons(runs: list[Run], samplers: list[str], iteration: int, beta: floa
         if samplers[0] in values:
             paired = {name: v - values[samplers[0]] for name, v in values.items() if name != samplers[0]}
             found[column] = corrected({name: (effect_over_seeds(v), v) for name, v in paired.items()})
-    rewards, kl = [stacked(runs, "rewards", m) for m in last], [stacked_kl(runs, m) for m in last]
-    if all(values is not None for values in (*rewards, *kl)):
+    rewards, kl = beside_kl(runs, "rewards", last), [stacked_kl(runs, m) for m in last]
+    if rewards and all(values is not None for values in kl):
         effects = at_equal_kl(np.stack(rewards, axis=1), np.stack([k.mean(axis=1) for k in kl], axis=1))
         found["equal KL"] = corrected({n: (e, None) for n, e in zip(samplers[1:], effects or [], strict=False)})
     return found
@@ -247,8 +262,8 @@ class Band(NamedTuple):
 def curves(runs: list[Run], judge: str, sampler: str, iterations: int) -> tuple[np.ndarray, np.ndarray] | None:
     """Return KL and mean reward, both [S, M], of a sampler's models, the base first; None if one is missing."""
     models = trajectory(sampler, iterations)
-    kl, rewards = [stacked_kl(runs, m) for m in models], [stacked(runs, judge, m) for m in models]
-    if any(values is None for values in (*kl, *rewards)):
+    kl, rewards = [stacked_kl(runs, m) for m in models], beside_kl(runs, judge, models)
+    if rewards is None or any(values is None for values in kl):
         return None
     return tuple(np.stack([v.mean(axis=1) for v in values], axis=1) for values in (kl, rewards))
 
@@ -263,7 +278,7 @@ def band(kl: np.ndarray, rewards: np.ndarray, points: int = 201) -> Band:
 
 
 def reward_vs_kl(runs: list, samplers: list[str], iterations: int):
-    """A panel for each judge that scored every seed; None while there is none."""
+    """Draw a panel for each judge that scored every seed; None while there is none."""
     from evaluation.figures import band_panels
 
     found = {

@@ -132,14 +132,19 @@ def reward_difference(run: Run, ours: Model, theirs: Model) -> Effect | None:
 
 
 def curve(run: Run, sampler: str, iterations: int) -> Curve | None:
-    """Return the sampler's own models with test rewards and a KL; None if there is none.
+    """Return the sampler's own models with rewards and a KL; None if there is none.
 
     The shared iteration 1 is not among them: there all samplers are equal, which would pull differences towards 0.
+    The rewards are of the responses that the KL was measured on where all have them, else of the test prompts.
     """
-    models = [m for m in trajectory(sampler, iterations)[2:] if m in run.kl and run.test(m)]
+    own = [m for m in trajectory(sampler, iterations)[2:] if m in run.kl]
+    paired = bool(own) and all(("rewards", KL, m) in run.answers for m in own)
+    part = KL if paired else TEST
+    models = [m for m in own if ("rewards", part, m) in run.answers]
     if not models:
         return None
-    return Curve(np.stack([run.test(m).rewards for m in models]), np.stack([kl_of(run, m) for m in models]))
+    rewards = np.stack([run.answers["rewards", part, m].rewards for m in models])
+    return Curve(rewards, np.stack([kl_of(run, m) for m in models]), paired)
 
 
 def last_models(run: Run, samplers: list[str], iterations: int, given: list[str] = ()) -> list[Model]:
