@@ -77,11 +77,10 @@ class VLLMGenerator:
             tensor_parallel_size=tensor_parallel_size,
             gpu_memory_utilization=gpu_memory_utilization,
             trust_remote_code=trust_remote_code,
-            load_format="safetensors",
             use_tqdm_on_load=False,
             # The pipeline puts end tokens itself (`Sampling`), the same for both back ends.
             generation_config="vllm",
-            **({} if on_gpu else CPU_OPTIONS) | COMPILE[compile] | options,
+            **{"load_format": "safetensors"} | ({} if on_gpu else CPU_OPTIONS) | COMPILE[compile] | options,
         )
         self.window = 4 * max_num_seqs
         _watch_engine(self.llm.llm_engine.engine_core)
