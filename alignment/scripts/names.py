@@ -6,10 +6,12 @@
     models/rlhflow_iter{n}_{sampler}               the later ones
     eval/{prompts}/{label}_iter{n}.json            a model's responses to `test_prompts` or `train_prompts`
     eval/{prompts}/{label}_iter{n}_{scored}.json   the same, scored: `rewards` (training's model) or `judge`
+    eval/kl_prompts/{label}_iter{n}[_{scored}].json  what the KL is measured on, where it is kept and scored
     results/kl_{label}_iter{n}.json                its KL from the base model
 
 A model is named by its iteration and its label: `base` is iteration 0, `shared` iteration 1, later ones are called by
-their sampler. Standard library only.
+their sampler. A given checkpoint (MODELS="name=path") has no iteration: it is `{name}` instead of `{label}_iter{n}`.
+Standard library only.
 """
 
 from pathlib import Path
@@ -44,15 +46,22 @@ def rewarded(run_dir: str | Path, iteration: int, sampler: str) -> Path:
     return Path(run_dir, "data", f"data_with_rewards_iter{iteration}_{sampler}.json")
 
 
-def evaluation(run_dir: str | Path, prompts: str, iteration: int, label: str, scored: str | None = None) -> Path:
-    """Return the file of a model's responses to the evaluation prompts, one of `PROMPTS`.
+def stem(iteration: int | None, label: str) -> str:
+    """Return what a model is called in file names; iteration None: a given checkpoint."""
+    return label if iteration is None else f"{label}_iter{iteration}"
+
+
+def evaluation(
+    run_dir: str | Path, prompts: str, iteration: int | None, label: str, scored: str | None = None
+) -> Path:
+    """Return the file of a model's responses to the evaluation prompts: one of `PROMPTS`, or `kl_prompts`.
 
     `scored`, one of `SCORED`: the file with the scores of the reward model or of the judge.
     """
     suffix = f"_{scored}" if scored else ""
-    return Path(run_dir, "eval", prompts, f"{label}_iter{iteration}{suffix}.json")
+    return Path(run_dir, "eval", prompts, f"{stem(iteration, label)}{suffix}.json")
 
 
-def kl(run_dir: str | Path, iteration: int, label: str) -> Path:
+def kl(run_dir: str | Path, iteration: int | None, label: str) -> Path:
     """Return the result of get_kl.py for a model."""
-    return Path(run_dir, "results", f"kl_{label}_iter{iteration}.json")
+    return Path(run_dir, "results", f"kl_{stem(iteration, label)}.json")
