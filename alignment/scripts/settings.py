@@ -64,13 +64,7 @@ def _flag(text) -> bool:
 
 
 def _text(text) -> str:
-    if isinstance(text, (list, dict)) or "\0" in str(text):
-        raise ValueError
-    return str(text)
-
-
-def _path(text) -> str:
-    if re.search(r"[\x00-\x1f]", _text(text)):
+    if isinstance(text, (list, dict)) or re.search(r"[\x00-\x1f]", str(text)):
         raise ValueError
     return str(text)
 
@@ -115,8 +109,8 @@ NATURAL = Kind("a whole number from 0 to 999999999", _whole)
 NUMBER = Kind("a number, 0 or more", _number)
 SHARE = Kind("a number from 0 to 1", _share)
 FLAG = Kind("True or False", _flag)
-TEXT = Kind("one line of text", _text)
-PATH = Kind("a path without control characters", _path)
+TEXT = Kind("text without control characters", _text)
+PATH = Kind("a path without control characters", _text)
 NAMES = Kind("names with spaces between them; a name holds only letters, digits and _ + . -", _names)
 SEEDS = Kind("whole numbers with spaces between them", _seeds)
 SOURCES = Kind("files or hub names with spaces between them", _sources)

@@ -1,10 +1,11 @@
 """Samplers over several seeds: intervals against scipy, tables and figure of constructed run folders."""
 
 import csv
+import re
 
 import numpy as np
 import pytest
-from commands import bash, python
+from commands import bash, python, settings
 from run_folders import write_answers, write_kl
 from scipy import stats
 
@@ -122,15 +123,21 @@ def test_the_script_writes_table_figure_and_page(run_dir):
 
 
 def test_driver_gives_every_seed_the_same_first_iteration():
-    result = bash("alignment/sample_ablation.sh", DRY_RUN="1", RUN_DIR="/study", SEEDS="4 5", SAMPLERS="online pilaf")
+    words = settings(DRY_RUN=1, RUN_DIR="/study", SEEDS="4 5", SAMPLERS="online pilaf")
+    result = bash("alignment/sample_ablation.sh", *words)
     assert result.returncode == 0, result.stderr
-    lines = [line for line in result.stdout.splitlines() if line.startswith("[")]
-    assert [line[1 : line.index("]")] for line in lines] == [
-        "shared: train_safe_rlhf",
-        *(f"seed_{n}: {name}" for n in (4, 5) for name in ("train_safe_rlhf", "kl", "eval_safe_rlhf")),
-        "compare seeds",
-    ]
-    for line in lines[1:-1]:
-        assert "ITER1_MODEL=/study/shared/models/rlhflow_iter1 " in line and "online\\ pilaf" in line
-    refused = bash("alignment/sample_ablation.sh", SEEDS="1;2")
+    lines = re.findall(r"^\[(.+?)\] (.+)$", result.stdout, re.MULTILINE)
+    data = ["generate 2 online pilaf", "annotate 2 online pilaf", "train 2 online", "train 2 pilaf"]
+    drivers = [("train_safe_rlhf", data), ("kl", ["kl", "summarize"])]
+    drivers += [("eval_safe_rlhf", ["evaluate", "annotate_evaluation", "judge", "summarize"])]
+    expected = ["generate 1 online", "annotate 1 online", "train 1 online"]
+    for seed in (4, 5):
+        for _, stages in drivers:
+            expected += [f"seed {seed}", *stages]
+    assert [stage for stage, _ in lines] == [*expected, "compare_seeds"]
+    trainings = [command for stage, command in lines if stage.startswith("train 2")]
+    assert all("--model_name_or_path /study/shared/models/rlhflow_iter1 " in command for command in trainings)
+    assert ["--seed 4" in command for command in trainings] == [True, True, False, False]
+    assert "/study/seed_5/models/rlhflow_iter2_pilaf" in trainings[-1]
+    refused = bash("alignment/sample_ablation.sh", "SEEDS=1;2")
     assert refused.returncode == 2 and "SEEDS" in refused.stderr

@@ -108,7 +108,9 @@ def test_recipes_hold_the_published_settings(recipe):
 
 def test_mixp_of_the_two_experiments():
     safe, iterative = (
-        in_turn(next(words for stage, words in plan(f"sample_train_{recipe}.sh") if stage.startswith("generate 2")))[3]
+        in_turn(next(words for stage, words in plan(f"sample_train_{recipe}.sh") if stage.startswith("generate 2")))[
+            3
+        ]
         for recipe in PUBLISHED
     )
     assert (flag(safe, "--sampler"), flag(iterative, "--sampler")) == ("mixp", "mixp-iterative")
