@@ -22,7 +22,7 @@ sys.path[:0] = [str(PROJECT), str(ALIGNMENT)]
 from bandit.mixtures import get_mixture
 from common.cli import UserError, fail
 from scripts import machine
-from scripts.settings import KNOWN, Settings, is_name, show
+from scripts.settings import GROUPS, KNOWN, Settings, is_name, show
 
 # What a recipe may hold besides settings: the name of a recipe that it starts from.
 EXTENDS = "EXTENDS"
@@ -38,14 +38,13 @@ def read(name: str, value, where: str = ""):
         close = difflib.get_close_matches(name.upper(), KNOWN, 1)
         hint = f"did you mean {close[0]}?" if close else "--help lists all"
         raise UserError(f"{where}{name}: no such setting; {hint}")
-    option = KNOWN[name]
-    default = option.metadata["default"]
+    kind, default = KNOWN[name]["kind"], KNOWN[name]["default"]
     if value is None or (value == "" and default in (None, {})):
         return default
     try:
-        return option.metadata["kind"].read(value)
+        return kind.read(value)
     except ValueError:
-        raise UserError(f"{where}{name} {str(value)!r}: not {option.metadata['kind'].wanted}") from None
+        raise UserError(f"{where}{name} {str(value)!r}: not {kind.wanted}") from None
 
 
 def parse(words: list[str]) -> dict:
@@ -157,13 +156,12 @@ def say_what_is_ignored() -> None:
 def help_text() -> str:
     """Return every setting with its default, unit and help, group by group."""
     lines = []
-    for option in Settings.__dataclass_fields__.values():
-        about = option.metadata
-        if "title" in about:
-            lines.append(f"\n{about['title']}")
-            continue
-        unit = f" ({about['unit']})" if about["unit"] else ""
-        lines.append(f"  {option.name}={show(about['default'])}\n      {about['text']}{unit}; {about['kind'].wanted}")
+    for name, option in KNOWN.items():
+        if name in GROUPS:
+            lines.append(f"\n{GROUPS[name]}")
+        unit = f", {option['unit']}" if option["unit"] else ""
+        choices = f" ({option['kind'].wanted})" if option["kind"].wanted.startswith("one of") else ""
+        lines.append(f"  {name}={show(option['default'])}\n      {option['text']}{choices}{unit}")
     return "\n".join(lines)
 
 

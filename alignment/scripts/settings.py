@@ -137,16 +137,11 @@ def setting(default, kind: Kind, text: str, unit: str = ""):
     return field(default_factory=lambda: copy.copy(default), metadata=metadata)
 
 
-def group(title: str):
-    """Return a marker that opens a group of settings in the help."""
-    return field(default=None, metadata={"title": title})
-
-
 @dataclass
 class Settings:
-    """The settings of a run. A capital name is the argument of that name; the others are headings of the help."""
+    """The settings of a run; an argument has the name of its field."""
 
-    run: None = group("The run")
+    # The run
     RECIPE: str = setting("safe_rlhf", PATH, "a name in alignment/recipes, or the path of a .yaml file")
     RUN_DIR: str = setting(None, PATH, "folder of everything that the run writes; not set: alignment/runs/RECIPE")
     SAMPLERS: list = setting(["offline", "online", "gshf", "mixp"], NAMES, "rows of bandit/mixtures.py, or of PAIRS")
@@ -157,7 +152,7 @@ class Settings:
     SEEDS: list = setting([1, 2, 3], SEEDS, "seeds that sample_ablation.sh compares the samplers over")
     DRY_RUN: bool = setting(False, FLAG, "print the commands and do no more")
 
-    models: None = group("Models and prompts")
+    # Models and prompts
     ASSETS: str = setting(None, PATH, "where the quickstart's models are; not set: alignment/assets")
     BASE_MODEL: str = setting(None, PATH, "first policy, and the reference: folder or hub name")
     PROMPTS: list = setting(None, SOURCES, "prompts: files, folders or hub names")
@@ -172,7 +167,7 @@ class Settings:
     TEST_END: int = setting(12000, COUNT, "test prompt to stop before")
     TRUST_REMOTE_CODE: bool = setting(False, FLAG, "run code that comes with a model")
 
-    generation: None = group("Generation")
+    # Generation
     K: int = setting(None, COUNT, "responses per prompt; not set: the sampler's own, mostly 2")
     TEMPERATURE: float = setting(0.7, NUMBER, "0 is greedy")
     MAX_NEW_TOKENS: int = setting(128, COUNT, "longest response", "tokens")
@@ -187,7 +182,7 @@ class Settings:
         "also of annotation; not set: as many as there are GPUs for, here or in Ray's cluster at RAY_ADDRESS",
     )
 
-    rewards: None = group("Rewards")
+    # Rewards
     REWARD_MODEL: str = setting(None, PATH, "reward model that labels pairs: folder or hub name")
     REWARD_TEMPLATE: str = setting("none", one_of("none", "chat"), "none: prompt + response as plain text")
     REWARD_COLUMN: int = setting(None, NATURAL, "the reward among a model's labels, where it has several")
@@ -198,7 +193,7 @@ class Settings:
     JUDGE_MODEL: str = setting(None, PATH, "a second reward model, which training never sees")
     JUDGE_TEMPLATE: str = setting(None, one_of("none", "chat"), "not set: REWARD_TEMPLATE")
 
-    training: None = group("Training")
+    # Training
     TRAINER: str = setting("ours", one_of("ours", "trl"), "ours: run_dpo.py; trl: TRL's DPOTrainer")
     TRL_LOSS_TYPE: str = setting(None, TEXT, "a loss of TRL, for TRAINER=trl")
     LOSS_TYPE: str = setting("rev_kl", TEXT, "a row of the losses in dpo_iteration/dpo.py")
@@ -239,7 +234,7 @@ class Settings:
     REPORT_TO: str = setting("none", TEXT, "wandb, tensorboard or none")
     DDP_TIMEOUT: int = setting(None, COUNT, "that processes wait for each other; not set: 1800", "seconds")
 
-    evaluation: None = group("Evaluation")
+    # Evaluation
     EVAL_K: int = setting(1, COUNT, "responses per prompt")
     EVAL_TEMPERATURE: float = setting(0.1, NUMBER, "0 is greedy")
     EVAL_TRAIN_END: int = setting(None, COUNT, "training prompt to stop before; not set: TRAIN_END")
@@ -247,7 +242,7 @@ class Settings:
     KL_TEMPERATURE: float = setting(None, NUMBER, "not set: TEMPERATURE")
     KL_DTYPE: str = setting(None, DTYPE, "in which both models score; not set: the script's default")
 
-    machines: None = group("Machines")
+    # Machines
     NEEDS_GPU: bool = setting(True, FLAG, "refuse to start on a machine without a GPU")
     GPUS: int = setting(None, NATURAL, "of this machine that are used; not set: all that nvidia-smi lists")
     NUM_MACHINES: int = setting(1, COUNT, "that run the same driver; they share RUN_DIR")
@@ -256,7 +251,17 @@ class Settings:
     MASTER_PORT: int = setting(29500, COUNT, "its port for training, where there are several machines")
 
 
-KNOWN = {f.name: f for f in fields(Settings) if "kind" in f.metadata}
+KNOWN = {option.name: option.metadata for option in fields(Settings)}
+# Headings of the help: the first setting of each group.
+GROUPS = {
+    "RECIPE": "The run",
+    "ASSETS": "Models and prompts",
+    "K": "Generation",
+    "REWARD_MODEL": "Rewards",
+    "TRAINER": "Training",
+    "EVAL_K": "Evaluation",
+    "NEEDS_GPU": "Machines",
+}
 
 
 def show(value) -> str:

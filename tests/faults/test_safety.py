@@ -12,7 +12,8 @@ from commands import ALIGNMENT, bash, run, settings
 from plans import flag
 from plans import refused as refused_line
 
-from common.cli import ENVIRONMENT
+from common.cli import ENVIRONMENT, UserError
+from scripts import resolve
 from scripts.settings import COUNT, KNOWN, NATURAL
 
 SCRIPTS = (
@@ -131,13 +132,14 @@ def test_texts_hold_no_control_characters(name, tmp_path):
     assert name in refused(tmp_path, **{name: f"a\ntouch {tmp_path}/was_run"})
 
 
-@pytest.mark.parametrize(
-    "name", [name for name, option in KNOWN.items() if option.metadata["kind"] in (COUNT, NATURAL)]
-)
-def test_whole_numbers_are_checked(name, tmp_path):
+def test_whole_numbers_are_checked(tmp_path):
     """Bash calculates with some of them, and arithmetic runs `a[$(command)]`."""
-    for value in (f"a[$(touch {tmp_path}/was_run)]", "-1", "1.5", "010", "1 2"):
-        assert name in refused(tmp_path, **{name: value})
+    wrong = (f"a[$(touch {tmp_path}/was_run)]", "-1", "1.5", "010", "1 2", " 1", "1_0")
+    for name in [name for name, option in KNOWN.items() if option["kind"] in (COUNT, NATURAL)]:
+        for value in wrong:
+            with pytest.raises(UserError, match=f"^{name} "):
+                resolve.read(name, value)
+    assert "ITERS" in refused(tmp_path, ITERS=wrong[0])
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "$(touch was_run)", "`id`", ";id", "*", "..", ".hidden", "-x"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import pytest
 from commands import bash, settings
@@ -320,3 +321,22 @@ def test_settings_reach_their_flags():
     trl = dict(plan(TRAIN, ITERS=1, TRAINER="trl", TRL_LOSS_TYPE="ipo"))["train 1 online"]
     assert flag(trl, "--trl_loss_type") == "ipo" and "--loss_type" not in trl
     assert any(word.endswith("run_trl.py") for word in trl)
+
+
+def test_the_ablation_gives_every_seed_the_same_first_iteration():
+    words = settings(DRY_RUN=1, RUN_DIR="/study", SEEDS="4 5", SAMPLERS="online pilaf")
+    result = bash("alignment/sample_ablation.sh", *words)
+    assert result.returncode == 0, result.stderr
+    lines = re.findall(r"^\[(.+?)\] (.+)$", result.stdout, re.MULTILINE)
+    expected = ["generate 1 online", "annotate 1 online", "train 1 online"]
+    for seed in (4, 5):
+        train = ["generate 2 online pilaf", "annotate 2 online pilaf", "train 2 online", "train 2 pilaf"]
+        evaluate = ["evaluate", "annotate_evaluation", "judge", "summarize"]
+        for stages in (train, ["kl", "summarize"], evaluate):
+            expected += [f"seed {seed}", *stages]
+    assert [stage for stage, _ in lines] == [*expected, "compare_seeds"]
+    trainings = [command for stage, command in lines if stage.startswith("train 2")]
+    assert all("--model_name_or_path /study/shared/models/rlhflow_iter1 " in command for command in trainings)
+    assert ["--seed 4" in command for command in trainings] == [True, True, False, False]
+    assert "/study/seed_5/models/rlhflow_iter2_pilaf" in trainings[-1]
+    assert "SEEDS" in refused("sample_ablation.sh", SEEDS="1;2")
