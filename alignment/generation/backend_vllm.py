@@ -1,4 +1,4 @@
-"""Generation with vLLM: one engine, one continuous batch, for any mix of policy, reference and their mixtures."""
+"""Generation with vLLM: one engine, one continuous batch, for any mix of policy, second model and their mixtures."""
 
 import gc
 import os
@@ -8,7 +8,7 @@ from multiprocessing import connection
 
 from common.cli import UserError
 from common.models import default_device, give_memory_back, load_config
-from generation.interface import EngineDied, Request, Response, Sampling
+from generation.sampling import EngineDied, Request, Response, Sampling
 
 CPU_OPTIONS = {
     "enforce_eager": True,  # compiling takes longer than it saves
@@ -24,7 +24,7 @@ class VLLMGenerator:
     """Samples responses with one vLLM engine.
 
     Args:
-        policy, reference: model folders or names; give None for the one that no request needs, and the engine
+        policy, second: model folders or names; give None for the one that no request needs, and the engine
             holds a single model. With both, it is the logit mixture of the plugin.
         dtype: float32 or bfloat16.
         max_length: longest prompt + response, in tokens.
@@ -38,7 +38,7 @@ class VLLMGenerator:
     def __init__(
         self,
         policy: str | None,
-        reference: str | None,
+        second: str | None,
         dtype: str,
         max_length: int,
         max_num_seqs: int = 64,
@@ -47,15 +47,15 @@ class VLLMGenerator:
         trust_remote_code: bool = False,
         **engine_options,
     ) -> None:
-        self.mixes = policy is not None and reference is not None
+        self.mixes = policy is not None and second is not None
         _set_environment(tensor_parallel_size)
         LLM = _import_vllm()
-        options = {"model": policy or reference}
+        options = {"model": policy or second}
         if self.mixes:
             from vllm_logit_mixture import engine_options as mixture_options
 
             architectures = load_config(policy, "policy", trust_remote_code).architectures
-            options = mixture_options(policy, reference, architectures)
+            options = mixture_options(policy, second, architectures)
         self.llm = LLM(
             **options,
             dtype=dtype,

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, LlamaTokenizer
 
 from common.cli import UserError
 from common.models import encode_prompt, encode_response
-from generation.prompts import TEMPLATES, load_prompts
+from generation.prompts import TEMPLATES, Template, load_prompts
 
 CHAT = [
     {"role": "user", "content": "hi"},
@@ -63,9 +63,9 @@ def test_exactly_one_bos_where_the_tokenizer_adds_it(mistral, template):
 
 def test_chat_template_that_holds_bos_is_given_no_second_one(smollm, tmp_path):
     source = write(tmp_path / "p.json", [{"prompt": "Why?"}])
-    [prompt], _ = load_prompts([source], smollm, "chat")
+    [prompt], _ = load_prompts([source], smollm, Template("chat"))
     assert prompt.token_ids[0] == smollm.bos_token_id == 1
-    assert prompt.token_ids[:2] != [1, 1]
+    assert list(prompt.token_ids[:2]) != [1, 1]
     assert smollm.decode(prompt.token_ids) == prompt.text
     assert prompt.text.endswith("<|im_start|>assistant\n")
     assert prompt.raw == "Why?"
@@ -100,15 +100,15 @@ def test_all_sources_give_the_same_prompts(form, tmp_path):
         source += ".json"
     else:
         source = write(tmp_path / f"data.{form}", rows)
-    prompts, left_out = load_prompts([source], tiny_tokenizer())
+    prompts, notes = load_prompts([source], tiny_tokenizer())
     assert [p.text for p in prompts] == ["prompt one", "prompt two", "prompt three"]
-    assert left_out == 0
+    assert notes.left_out == 0
 
 
 def test_chat_messages(tmp_path):
     tokenizer = tiny_tokenizer()
     source = write(tmp_path / "p.jsonl", [{"messages": CHAT}, {"context_messages": CHAT[:1]}])
-    prompts, _ = load_prompts([source], tokenizer, "chat")
+    prompts, _ = load_prompts([source], tokenizer, Template("chat"))
     assert prompts[0].text == "<s>user: hi\nassistant: yes\nuser: ok\nassistant: "
     assert prompts[0].raw == CHAT
     assert prompts[0].token_ids.count(1) == 1
@@ -117,14 +117,14 @@ def test_chat_messages(tmp_path):
 
 def test_one_user_message_is_text_under_every_template(tmp_path):
     source = write(tmp_path / "p.jsonl", [{"messages": CHAT[:1]}])
-    [prompt], _ = load_prompts([source], tiny_tokenizer(), "safe_rlhf")
+    [prompt], _ = load_prompts([source], tiny_tokenizer(), Template("safe_rlhf"))
     assert prompt.text == "BEGINNING OF CONVERSATION: USER: hi ASSISTANT:"
 
 
 def test_longer_chat_needs_the_chat_template(tmp_path):
     source = write(tmp_path / "p.jsonl", [{"messages": CHAT}])
     with pytest.raises(UserError, match="line 1: a chat of 3 messages needs --template chat"):
-        load_prompts([source], tiny_tokenizer(), "none")
+        load_prompts([source], tiny_tokenizer(), Template("none"))
 
 
 def test_filters_come_before_the_slice_and_order_is_kept(tmp_path):
@@ -138,10 +138,10 @@ def test_filters_come_before_the_slice_and_order_is_kept(tmp_path):
 
 def test_character_filter_counts_the_template(tmp_path):
     source = write(tmp_path / "p.json", [{"prompt": "a" * n} for n in range(1, 100)])
-    prompts, left_out = load_prompts([source], tiny_tokenizer(), "safe_rlhf", max_characters=128)
+    prompts, notes = load_prompts([source], tiny_tokenizer(), Template("safe_rlhf"), max_characters=128)
     frame = len("BEGINNING OF CONVERSATION: USER:  ASSISTANT:")
     assert len(prompts) == 128 - frame
-    assert left_out == 99 - len(prompts)
+    assert notes.left_out == 99 - len(prompts)
 
 
 def test_several_sources_are_joined(tmp_path):
