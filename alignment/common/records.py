@@ -11,6 +11,7 @@ the last. They are what is trained and scored; `responses` is their text, for pe
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -156,10 +157,36 @@ def write_atomic(path: str | Path, text: str | Iterable[str]) -> None:
                 file.writelines([text] if isinstance(text, str) else text)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            rename_flushed(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def rename_flushed(temporary: str | Path, path: str | Path) -> None:
+    """Gives a finished file or folder its name; what it holds and the name are on the disk then.
+
+    Args:
+        temporary: a file that is flushed, or a folder, whose files are flushed here.
+        path: on the same file system; a file that is there is replaced, so is an empty folder.
+    """
+    for folder, _, files in os.walk(temporary):
+        for name in files:
+            _flush(os.path.join(folder, name))
+        _flush(folder)
+    os.replace(temporary, path)
+    _flush(Path(path).absolute().parent)
+
+
+def _flush(path: str | Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that cannot flush folders
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: str | Path, value: object) -> None:

