@@ -35,7 +35,8 @@ from common.models import (
     tokenizer_fingerprint,
 )
 from common.provenance import data_inputs, model_inputs, provenance
-from common.records import read_json, write_records
+from common.record_stream import RecordStream
+from common.records import write_records
 from generation.prompts import add_prompt_flags, check_same_prompts, prompt_settings, read_prompts, text_digest
 from generation.sampling import (
     Plan,
@@ -171,7 +172,7 @@ def slices_to_do(
         own_settings = {**settings, "start": start, "end": end}
         prompts = read_prompts(args, tokenizer, longest, start, end)
         if is_done(output, "generate", own_settings):
-            stored = (text_digest(instance["prompt"]) for instance in read_json(output)["instances"])
+            stored = (text_digest(instance["prompt"]) for instance in RecordStream(output))
             check_same_prompts(output, zip(prompts, stored, strict=False))
             print(f"generate: {output} is already complete")
         else:
