@@ -131,14 +131,14 @@ def texts() -> dict[str, str | bytes]:
         "pair_type.jsonl": pairs({}, {"rejected": 3}),
         "one_prompt.jsonl": pairs({}, {}),
         "trained/settings.json": '{"train": {"beta": 7}}',
-        "run_file/data/test_data_with_rewards_iter0_base_0.json": data(),
+        "run_file/eval/test_prompts/base_iter0_rewards.json": data(),
         "run_file/results": "",
-        "run_kl/data/test_data_with_rewards_iter0_base_0.json": data(),
-        "run_kl/results/kl_iter1_1.json": '{"kl": "much", "kl_of_prompts": [1, 2]}',
-        "run_mixed/data/test_data_with_rewards_iter0_base_0.json": data(settings={"generate": {"K": 1}}),
-        "run_mixed/data/test_data_with_rewards_iter0_iter1_1.json": data(settings={"generate": {"K": 2}}),
-        "run_prompts/data/test_data_with_rewards_iter0_base_0.json": data(),
-        "run_prompts/data/test_data_with_rewards_iter0_iter1_1.json": data({"prompt": "else"}),
+        "run_kl/eval/test_prompts/base_iter0_rewards.json": data(),
+        "run_kl/results/kl_shared_iter1.json": '{"kl": "much", "kl_of_prompts": [1, 2]}',
+        "run_mixed/eval/test_prompts/base_iter0_rewards.json": data(settings={"generate": {"K": 1}}),
+        "run_mixed/eval/test_prompts/shared_iter1_rewards.json": data(settings={"generate": {"K": 2}}),
+        "run_prompts/eval/test_prompts/base_iter0_rewards.json": data(),
+        "run_prompts/eval/test_prompts/shared_iter1_rewards.json": data({"prompt": "else"}),
     }  # fmt: skip
 
 

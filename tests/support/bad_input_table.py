@@ -327,7 +327,7 @@ SUMMARIZE = {
     "results is a file": ("--run_dir run_file", ["run_file/results"]),
     "broken KL": (
         "--run_dir run_kl",
-        ["run_kl/results/kl_iter1_1.json: 'kl', 'stderr' or 'kl_of_prompts' holds"],
+        ["run_kl/results/kl_shared_iter1.json: a KL, 'stderr' or 'kl_of_prompts' holds"],
     ),
     "other settings": ("--run_dir run_mixed", ["made with K=2, but", "they cannot be compared"]),
     "other prompts": ("--run_dir run_prompts", ["its prompts are not those of"]),
