@@ -25,8 +25,8 @@ from benchmarks.machine import half_dtype, memory_bandwidth, multiply_rate
 from common.models import load_causal_lm, load_tokenizer, stop_token_ids
 from generation.backend_hf import left_pad
 from generation.backend_vllm import VLLMGenerator
-from generation.interface import Request, Sampling, stream_seed
-from generation.prompts import load_prompts
+from generation.prompts import Template, load_prompts
+from generation.sampling import Request, Sampling, stream_seed
 
 POLICY = str(ASSETS / "policy")
 LONGEST_PROMPT = 96  # tokens
@@ -113,7 +113,7 @@ def limits(policy: torch.nn.Module, dtype: str, slots: int, prompt: float, lengt
 
 def make_prompts(tokenizer, count: int) -> list[list[int]]:
     """Token ids of prompts."""
-    found, _ = load_prompts([str(ASSETS / "prompts.jsonl")], tokenizer, "chat", LONGEST_PROMPT, end=count)
+    found, _ = load_prompts([str(ASSETS / "prompts.jsonl")], tokenizer, Template("chat"), LONGEST_PROMPT, end=count)
     return [prompt.token_ids for prompt in found]
 
 

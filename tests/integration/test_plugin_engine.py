@@ -8,7 +8,7 @@ from mixture_loop import WORDS, greedy, next_logits
 from tiny import save_tiny_policy, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from generation.interface import Request, Sampling
+from generation.sampling import Request, Sampling
 
 SHAPES = [
     {"hidden": 128, "layers": 2, "heads": 2},

@@ -8,7 +8,7 @@ from tiny import save_tiny_policy, tiny_tokenizer
 
 from common.cli import UserError
 from generation.backend_vllm import VLLMGenerator
-from generation.interface import Request, Sampling
+from generation.sampling import Request, Sampling
 
 
 @pytest.fixture(scope="module")

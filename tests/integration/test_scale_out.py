@@ -26,7 +26,7 @@ from toy_engine import Devices, Squares
 from common import scale_out
 from common.cli import UserError
 from common.records import read_records
-from generation.interface import Request, Sampling
+from generation.sampling import Request, Sampling
 
 pytestmark = pytest.mark.slow
 HEAD, SECOND = {"num_cpus": 4, "num_gpus": 3}, {"num_cpus": 4, "num_gpus": 1}
