@@ -30,6 +30,7 @@ from evaluation.run_files import (
     agreed,
     all_models,
     checked_names,
+    of_same_prompts,
     read_run,
     trajectory,
 )
@@ -138,10 +139,9 @@ def stacked_kl(runs: list[Run], model: Model) -> np.ndarray | None:
         return np.zeros((len(runs), 1))
     if any(model not in one.kl for one in runs):
         return None
-    found = [kl_of(one, model) for one in runs]
-    if len({len(kl) for kl in found}) > 1:
+    if not of_same_prompts([one.kl[model] for one in runs]):
         raise UserError(f"{model.title}: the seeds' KL was measured on different prompts; they cannot be compared")
-    return np.stack(found)
+    return np.stack([kl_of(one, model) for one in runs])
 
 
 def stacked_value(runs: list[Run], model: Model, beta: float) -> np.ndarray | None:

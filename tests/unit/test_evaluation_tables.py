@@ -239,6 +239,10 @@ def test_what_cannot_be_compared_is_refused(run_dir, tmp_path_factory):
     write_kl(run_dir, MIXP, [1.0, 2.0, 3.0], temperature=1.0)
     with pytest.raises(UserError, match="temperature=1.0"):
         read_run(run_dir, MODELS)
+    for model, digests in {ONLINE: ["a", "b", "c"], MIXP: ["a", "b", "d"]}.items():
+        write_kl(run_dir, model, [1.0, 2.0, 3.0], prompts=digests)
+    with pytest.raises(UserError, match="prompts"):
+        read_run(run_dir, MODELS)
     kl_file(run_dir, MIXP).write_text("{}")
     with pytest.raises(UserError, match="kl_of_prompts"):
         read_run(run_dir, MODELS)
