@@ -1,7 +1,11 @@
-"""Loading models and tokenizers, and the two places where special tokens are put: the same for every stage."""
+"""Loading models and tokenizers, and the places where text becomes ids and back: the same for every stage."""
 
 import ctypes
 import gc
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from common.cli import UserError, first_line
@@ -132,6 +136,21 @@ def default_dtype() -> str:
     return "bfloat16" if default_device() == "cuda" else "float32"
 
 
+def stored_dtype(name: str, trust_remote_code: bool = False) -> str:
+    """Return the type in which most of a model's weights are stored: `float32`, `bfloat16`, ..."""
+    if not Path(name).is_dir():
+        return str(load_config(name, "model", trust_remote_code).dtype).removeprefix("torch.")
+    sizes = Counter()
+    for path in Path(name).glob("*.safetensors"):
+        with open(path, "rb") as file:  # the length of its header, then the header: JSON
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        for entry in header.values():
+            if "dtype" in entry:
+                sizes[entry["dtype"]] += entry["data_offsets"][1] - entry["data_offsets"][0]
+    most = max(sizes, key=sizes.get)
+    return {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(most, most)
+
+
 def render_chat(tokenizer, messages: list[dict], where: str, **options) -> str:
     """The messages through the tokenizer's chat template. Raises `UserError` naming `where` if it refuses them."""
     try:
@@ -156,9 +175,51 @@ def encode_prompt(tokenizer, text: str) -> list[int]:
 
 
 def encode_response(tokenizer, text: str, ended: bool) -> list[int]:
-    """Token ids of a response: no special tokens but EOS, and that only where the response really `ended`."""
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return ids + [tokenizer.eos_token_id] if ended else ids
+    """Return the token ids of a response that exists as text only, with EOS where it `ended`.
+
+    The text of a control token is text here: a response that spells out `<|im_end|>` does not end there. A tokenizer
+    without EOS puts no end token.
+    """
+    ids = list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+    eos = tokenizer.eos_token_id
+    return [*ids, eos] if ended and eos is not None else ids
+
+
+def response_text(tokenizer, prompt_ids: Sequence[int], ids: Sequence[int]) -> tuple[str, bool]:
+    """Return the text of a response, and whether half a character at its end was left out.
+
+    The text is decode(prompt + response) without decode(prompt): alone, a SentencePiece tokenizer would drop the
+    space before the first word.
+
+    Args:
+        ids: of the response, without the stop token.
+    """
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    prompt, whole = (tokenizer.decode(list(part), **options) for part in (prompt_ids, [*prompt_ids, *ids]))
+    text = whole[len(prompt) :] if whole.startswith(prompt) else tokenizer.decode(list(ids), **options)
+    # Bytes that are no character (yet) decode to U+FFFD, which a response may also hold as a character of its own.
+    kept = text.rstrip("\ufffd")
+    character = encode_response(tokenizer, "\ufffd", ended=False)
+    if kept == text or list(ids)[-len(character) :] == character:
+        return text, False
+    return kept, True
+
+
+def tokenizer_fingerprint(tokenizer) -> str:
+    """Return a short hash of all that decides which ids a text becomes: equal means that ids can be exchanged.
+
+    Vocabulary, special tokens, and of a fast tokenizer normalizer, pre-tokenizer, model and post-processor. Padding
+    and chat template are left out: they change no id.
+    """
+    whole = {
+        "vocabulary": tokenizer.get_vocab(),
+        "special": [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id],
+    }
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        form = json.loads(backend.to_str())
+        whole |= {key: form.get(key) for key in ("normalizer", "pre_tokenizer", "model", "post_processor")}
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def stop_token_ids(tokenizer, model_name: str) -> list[int]:
@@ -174,9 +235,27 @@ def stop_token_ids(tokenizer, model_name: str) -> list[int]:
     return sorted(i for i in ids if i is not None)
 
 
-def context_length(config) -> int | None:
-    """How many tokens (prompt + response) the model can read, or None where the configuration does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+# These count positions from the pad id on, so that many of their position embeddings are never used.
+POSITIONS_BEHIND_PAD = {
+    *("camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "mpnet"),
+    *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+}
+NO_LIMIT = 10**9  # tokenizers without a limit have 10^30
+
+
+def context_length(config, tokenizer=None) -> int | None:
+    """Return how many tokens the model can read (prompt + response), or None where nothing says so.
+
+    The smaller of the model's usable positions and the tokenizer's `model_max_length`, where that is a real number.
+    """
+    config = config.get_text_config()
+    limits = []
+    if (positions := getattr(config, "max_position_embeddings", None)) is not None:
+        behind_pad = config.model_type in POSITIONS_BEHIND_PAD and config.pad_token_id is not None
+        limits.append(positions - (config.pad_token_id + 1 if behind_pad else 0))
+    if tokenizer is not None and 0 < (tokenizer.model_max_length or 0) < NO_LIMIT:
+        limits.append(int(tokenizer.model_max_length))
+    return min(limits, default=None)
 
 
 def check_same_vocabulary(policy_tokenizer, reference_tokenizer) -> None:
