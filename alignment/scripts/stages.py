@@ -46,8 +46,10 @@ def script(environment: str, path: str, lines: list[Words]) -> Words:
     return [python(environment), str(ALIGNMENT / path), *words] if lines else []
 
 
-def model(s: Settings, iteration: int, sampler: str) -> str:
-    """Return the model after an iteration: before the first it is the base model."""
+def model(s: Settings, iteration: int | None, sampler: str) -> str:
+    """Return the model after an iteration: before the first it is the base model; None: one of MODELS."""
+    if iteration is None:
+        return dict(word.split("=", 1) for word in s.MODELS)[sampler]
     if iteration <= 0:
         return s.BASE_MODEL
     if iteration == 1 and s.ITER1_MODEL:
@@ -244,7 +246,12 @@ def another_machine_writes(s: Settings, files: list[Path]) -> bool:
 
 
 def trained(s: Settings, first: int) -> list[tuple[int, str]]:
-    """Return (iteration, label) of the models from iteration `first` on, without those that are not there yet."""
+    """Return (iteration, label) of the models from iteration `first` on, without those that are not there yet.
+
+    With MODELS these are the base model and the given ones.
+    """
+    if s.MODELS:
+        return [(0, "base")] * (first == 0) + [(None, word.split("=")[0]) for word in s.MODELS]
     found = [(n, label) for n, label in names.models(s.SAMPLERS, s.ITERS) if n >= first]
     made = [(n, label) for n, label in found if n > 1 or (n == 1 and not shared_is_given(s, n))]
     return [pair for pair in found if pair not in made or s.DRY_RUN or Path(model(s, *pair)).is_dir()]
@@ -252,7 +259,7 @@ def trained(s: Settings, first: int) -> list[tuple[int, str]]:
 
 def evaluate(s: Settings) -> Words:
     """Responses of every model to the test prompts and to the train prompts."""
-    for n, label in sorted(set(names.models(s.SAMPLERS, s.ITERS)) - set(trained(s, 0))):
+    for n, label in [] if s.MODELS else sorted(set(names.models(s.SAMPLERS, s.ITERS)) - set(trained(s, 0))):
         print(f"left out, not trained yet: iteration {n}, {label}")
     lines = [
         flags(
@@ -292,15 +299,49 @@ def judge(s: Settings) -> Words:
     return score(s, s.JUDGE_MODEL, s.JUDGE_TEMPLATE, evaluated(s, None), evaluated(s, "judge"))
 
 
+def kl_responses(s: Settings) -> Words:
+    """Responses that the KL is measured on, of every model and of the base model; only with SCORE_KL."""
+    lines = [
+        flags(
+            model_name_or_path=model(s, n, label),
+            **prompts(s),
+            sampler="online",
+            start=s.TEST_START,
+            end=s.TEST_START + s.KL_PROMPTS,
+            K=1,
+            temperature=s.KL_TEMPERATURE,
+            **engine(s),
+            **engines(s, s.TENSOR_PARALLEL_SIZE),
+            seed=s.SEED * 1000,
+            output_file=names.evaluation(s.RUN_DIR, "kl_prompts", n, label),
+        )
+        + trust(s)
+        for n, label in trained(s, 0)
+        if s.SCORE_KL
+    ]
+    return script("vllm", "generation/generate.py", lines)
+
+
+def annotate_kl(s: Settings) -> Words:
+    """Rewards of the responses that the KL is measured on; only with SCORE_KL."""
+    if not s.SCORE_KL:
+        return []
+    inputs, outputs = (
+        [names.evaluation(s.RUN_DIR, "kl_prompts", n, label, scored) for n, label in trained(s, 0)]
+        for scored in (None, "rewards")
+    )
+    return rewards_of(s, inputs, outputs)
+
+
 def kl(s: Settings) -> Words:
-    """KL from the base model of every trained model, on held-out prompts."""
+    """KL from the base model of every trained model, on held-out prompts: of their own responses with SCORE_KL."""
+    sampling = prompts(s) | {"start": s.TEST_START, "end": s.TEST_START + s.KL_PROMPTS}
     lines = [
         flags(
             model_name_or_path=model(s, n, label),
             ref_model_name_or_path=s.BASE_MODEL,
-            **prompts(s),
-            start=s.TEST_START,
-            end=s.TEST_START + s.KL_PROMPTS,
+            **({} if s.SCORE_KL else sampling),
+            responses=names.evaluation(s.RUN_DIR, "kl_prompts", n, label) if s.SCORE_KL else None,
             temperature=s.KL_TEMPERATURE,
             **engine(s),
             seed=s.SEED * 1000,
@@ -314,13 +355,16 @@ def kl(s: Settings) -> Words:
 
 def summarize(s: Settings) -> Words:
     """Table, figures and report of everything that is there."""
-    line = flags(run_dir=s.RUN_DIR, samplers=s.SAMPLERS, iterations=s.ITERS)
+    of_run = {"samplers": s.SAMPLERS, "iterations": s.ITERS}
+    shown = {"models": [word.split("=")[0] for word in s.MODELS]} if s.MODELS else of_run
+    line = flags(run_dir=s.RUN_DIR, **shown, beta=s.BETA, margin_scale=s.MARGIN_SCALE)
     return script("rewardflow", "evaluation/summarize.py", [line])
 
 
 def compare_seeds(s: Settings) -> Words:
     """Table and figure over the run folders of several seeds."""
     line = flags(run_dir=s.RUN_DIR, seeds=s.SEEDS, samplers=s.SAMPLERS, iterations=s.ITERS)
+    line += flags(beta=s.BETA, margin_scale=s.MARGIN_SCALE)
     return script("rewardflow", "evaluation/compare_seeds.py", [line])
 
 
@@ -387,7 +431,7 @@ STAGES = {
     stage.__name__: stage
     for stage in (
         *(record, generate, annotate, train),
-        *(evaluate, annotate_evaluation, judge, kl, summarize, compare_seeds),
+        *(evaluate, annotate_evaluation, judge, kl_responses, annotate_kl, kl, summarize, compare_seeds),
         *(unpack, human_labels, reward_model, judge_model),
     )
 }
