@@ -2,6 +2,8 @@
 
 import ctypes
 import gc
+import hashlib
+import json
 from pathlib import Path
 
 from common.cli import UserError, first_line
@@ -108,6 +110,14 @@ def _load(kind, name: str, what: str, **options):
         raise UserError(f"{what} {name}: cannot be loaded ({first_line(error)})") from None
 
 
+def make_savable(model) -> None:
+    """Repair a published generation config that is refused on saving (temperature set, sampling off)."""
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:
+        model.generation_config.do_sample = True
+
+
 def give_memory_back() -> None:
     """Returns to the system, or to the GPU, what freed models have held."""
     import torch
@@ -174,9 +184,29 @@ def stop_token_ids(tokenizer, model_name: str) -> list[int]:
     return sorted(i for i in ids if i is not None)
 
 
-def context_length(config) -> int | None:
-    """How many tokens (prompt + response) the model can read, or None where the configuration does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+def context_length(config, tokenizer=None) -> int | None:
+    """Return how many tokens (prompt + response) can be read, or None where nothing says.
+
+    It is the smaller of the model's positions, less the offset at which some architectures start, and the tokenizer's
+    `model_max_length`, which is a huge number where none is set.
+    """
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is not None and text.model_type in ("roberta", "xlm-roberta", "camembert"):
+        positions -= text.pad_token_id + 1
+    limit = getattr(tokenizer, "model_max_length", None)
+    return min((n for n in (positions, limit) if n and n < 10**9), default=None)
+
+
+def tokenizer_fingerprint(tokenizer) -> str:
+    """Return a short hash of all that decides a tokenizer's ids: vocabulary, special tokens, backend."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = [
+        sorted(tokenizer.get_vocab().items()),
+        sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items()),
+        json.loads(backend.to_str()) if backend is not None else None,
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def check_same_vocabulary(policy_tokenizer, reference_tokenizer) -> None:

@@ -62,7 +62,7 @@ def read_records(path: str | Path, need: tuple[str, ...] = ("responses",)) -> tu
     if not content["instances"]:
         raise UserError(f"{path}: 'instances' is empty")
     for row, instance in enumerate(content["instances"]):
-        _check_instance(f"{path}: row {row}", instance, need)
+        check_instance(f"{path}: row {row}", instance, need)
         count, expected = (len(i.get("responses") or []) for i in (instance, content["instances"][0]))
         if count != expected:
             raise UserError(f"{path}: row {row}: {count} 'responses', but row 0 has {expected}")
@@ -79,7 +79,8 @@ def read_provenance(path: str | Path) -> dict:
     return stored if isinstance(stored, dict) else {}
 
 
-def _check_instance(where: str, instance: object, need: tuple[str, ...]) -> None:
+def check_instance(where: str, instance: object, need: tuple[str, ...]) -> None:
+    """Raises `UserError` unless `instance` is a row of a data file that carries the per-response lists `need`."""
     if not isinstance(instance, dict):
         raise UserError(f"{where}: not an object")
     if not isinstance(instance.get("prompt"), str):

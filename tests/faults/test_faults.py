@@ -18,8 +18,8 @@ import torch
 from commands import ALIGNMENT, bash, python
 from safetensors.torch import load_file, save_file
 from test_kill import TRAIN, environment, journal_rows, wait_until
-from test_training import losses
 from tiny import save_tiny_policy, save_tiny_reward_model
+from training_runs import losses
 
 from common.journal import journal_path
 from common.records import read_records

@@ -19,7 +19,7 @@ import pytest
 from commands import PROJECT, bash
 from test_drivers import flag, plan
 from test_pipeline import environment, place
-from test_training import losses
+from training_runs import losses
 
 from common.records import read_records
 

@@ -5,21 +5,14 @@ import types
 
 import pytest
 from commands import python
-from test_training import BETA, flags, logp, losses, make_instances, write_data
-from tiny import save_tiny_policy, tiny_tokenizer
+from tiny import tiny_tokenizer
+from training_runs import BETA, flags, logp, losses, make_instances, write_data
 from transformers import AutoModelForCausalLM
 
 from common.records import read_json, read_records
 from dpo_iteration import run_dpo
 from dpo_iteration.implicit import add_implicit_rewards
 from dpo_iteration.options import parse
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """(policy, reference), two unlike tiny Llamas."""
-    folder = tmp_path_factory.mktemp("models")
-    return save_tiny_policy(folder / "policy", seed=1), save_tiny_policy(folder / "reference", seed=2)
 
 
 def implicit_rewards(models, instance: dict) -> list[float]:
