@@ -6,6 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from common.adapters import whole_model
 from common.cli import UserError, first_line
 
 
@@ -46,6 +47,7 @@ def load_config(name: str, what: str, trust_remote_code: bool = False):
     """The model's configuration. Raises `UserError` where it cannot be had."""
     from transformers import AutoConfig
 
+    name = whole_model(name, what, trust_remote_code)
     check_model(name, what)
     return _load(AutoConfig, name, what, trust_remote_code=trust_remote_code)
 
@@ -54,6 +56,7 @@ def load_tokenizer(name: str, what: str, trust_remote_code: bool = False):
     """The model's tokenizer, with left padding and a pad token (EOS where it has none of its own)."""
     from transformers import AutoTokenizer
 
+    name = whole_model(name, what, trust_remote_code)
     check_model(name, what)
     tokenizer = _load(AutoTokenizer, name, what, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token_id is None:
@@ -67,6 +70,7 @@ def load_causal_lm(name: str, what: str, dtype: str, trust_remote_code: bool = F
     import torch
     from transformers import AutoModelForCausalLM
 
+    name = whole_model(name, what, trust_remote_code)
     check_model(name, what)
     options = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code, **options}
     return _load_whole(AutoModelForCausalLM, name, what, **options).eval()
@@ -166,9 +170,31 @@ def encode_prompt(tokenizer, text: str) -> list[int]:
 
 
 def encode_response(tokenizer, text: str, ended: bool) -> list[int]:
-    """Token ids of a response: no special tokens but EOS, and that only where the response really `ended`."""
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return ids + [tokenizer.eos_token_id] if ended else ids
+    """Return the token ids of a response that exists as text only, with EOS where it `ended`.
+
+    The text of a control token is text here: a response that spells out `<|im_end|>` does not end there. A tokenizer
+    without EOS puts no end token.
+    """
+    ids = list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+    eos = tokenizer.eos_token_id
+    return [*ids, eos] if ended and eos is not None else ids
+
+
+def tokenizer_fingerprint(tokenizer) -> str:
+    """Return a short hash of all that decides which ids a text becomes: equal means that ids can be exchanged.
+
+    Vocabulary, special tokens, and of a fast tokenizer normalizer, pre-tokenizer, model and post-processor. Padding
+    and chat template are left out: they change no id.
+    """
+    whole = {
+        "vocabulary": tokenizer.get_vocab(),
+        "special": [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id],
+    }
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        form = json.loads(backend.to_str())
+        whole |= {key: form.get(key) for key in ("normalizer", "pre_tokenizer", "model", "post_processor")}
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def stop_token_ids(tokenizer, model_name: str) -> list[int]:
@@ -177,36 +203,34 @@ def stop_token_ids(tokenizer, model_name: str) -> list[int]:
 
     ids = {tokenizer.eos_token_id}
     try:
-        listed = GenerationConfig.from_pretrained(model_name).eos_token_id
+        listed = GenerationConfig.from_pretrained(whole_model(model_name, "policy")).eos_token_id
     except OSError:  # a model without a generation_config.json stops at EOS alone
         listed = None
     ids |= set(listed if isinstance(listed, list) else [listed])
     return sorted(i for i in ids if i is not None)
 
 
+# These count positions from the pad id on, so that many of their position embeddings are never used.
+POSITIONS_BEHIND_PAD = {
+    *("camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "mpnet"),
+    *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+}
+NO_LIMIT = 10**9  # tokenizers without a limit have 10^30
+
+
 def context_length(config, tokenizer=None) -> int | None:
-    """Return how many tokens (prompt + response) can be read, or None where nothing says.
+    """Return how many tokens the model can read (prompt + response), or None where nothing says so.
 
-    It is the smaller of the model's positions, less the offset at which some architectures start, and the tokenizer's
-    `model_max_length`, which is a huge number where none is set.
+    The smaller of the model's usable positions and the tokenizer's `model_max_length`, where that is a real number.
     """
-    text = config.get_text_config()
-    positions = getattr(text, "max_position_embeddings", None)
-    if positions is not None and text.model_type in ("roberta", "xlm-roberta", "camembert"):
-        positions -= text.pad_token_id + 1
-    limit = getattr(tokenizer, "model_max_length", None)
-    return min((n for n in (positions, limit) if n and n < 10**9), default=None)
-
-
-def tokenizer_fingerprint(tokenizer) -> str:
-    """Return a short hash of all that decides a tokenizer's ids: vocabulary, special tokens, backend."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    parts = [
-        sorted(tokenizer.get_vocab().items()),
-        sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items()),
-        json.loads(backend.to_str()) if backend is not None else None,
-    ]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    config = config.get_text_config()
+    limits = []
+    if (positions := getattr(config, "max_position_embeddings", None)) is not None:
+        behind_pad = config.model_type in POSITIONS_BEHIND_PAD and config.pad_token_id is not None
+        limits.append(positions - (config.pad_token_id + 1 if behind_pad else 0))
+    if tokenizer is not None and 0 < (tokenizer.model_max_length or 0) < NO_LIMIT:
+        limits.append(int(tokenizer.model_max_length))
+    return min(limits, default=None)
 
 
 def check_same_vocabulary(policy_tokenizer, reference_tokenizer) -> None:

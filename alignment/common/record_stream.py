@@ -65,6 +65,11 @@ class RecordStream:
         return (value for key, value in _members(self.path) if isinstance(key, int))
 
 
+def read_head(path: str | Path) -> dict:
+    """All that a data file holds but its instances."""
+    return {key: value for key, value in _members(path) if isinstance(key, str)}
+
+
 def _members(path: str | Path) -> Iterator[tuple[int | str, object]]:
     """Yields (row, instance) of the list `instances`, then ("instances", None), and (key, value) of all else."""
     try:

@@ -22,7 +22,7 @@ from common.adapters import save_merged, whole_model
 from common.cli import UserError
 from common.journal import refuse_other_settings
 from common.models import make_savable
-from common.records import read_json, write_json
+from common.records import read_json, rename_flushed, write_json
 from dpo_iteration.distributed import on_main, whole_models
 from dpo_iteration.options import DataOptions
 from dpo_iteration.policy import load_base
@@ -192,5 +192,5 @@ def _save_whole(model: torch.nn.Module, weights: dict[str, torch.Tensor], final:
 
 
 def _rename(final: Path, output: Path, folder: Path) -> None:
-    final.rename(output)  # onto nothing or an empty folder
+    rename_flushed(final, output)  # onto nothing or an empty folder
     shutil.rmtree(folder)

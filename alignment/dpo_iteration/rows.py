@@ -16,7 +16,6 @@ import datasets
 import torch
 from datasets.arrow_writer import ArrowWriter
 
-from common.cli import UserError
 from common.models import encode_prompt, encode_response
 from common.records import writing
 from dpo_iteration.pairs import PreferencePair, label_margin
@@ -66,20 +65,14 @@ class Encoder:
         text = instance["responses"][index]
         if self.sampled:
             ids = instance["response_ids"][index]
-            self.counts["responses whose text would encode differently"] += ids != self.encode(text, ended)
+            self.counts["responses whose text would encode differently"] += ids != encode_response(
+                self.tokenizer, text, ended
+            )
         else:
-            ids = self.encode(text, ended)
+            ids = encode_response(self.tokenizer, text, ended)
         self.counts["responses that ended"] += ended
         self.counts["responses cut"] += len(ids) > room
         return ids[:room]  # the stop token is the last id, so a cut response loses it
-
-    def encode(self, text: str, ended: bool) -> list[int]:
-        """Return what a response's text encodes to."""
-        if ended and self.tokenizer.eos_token_id is None and not self.sampled:
-            raise UserError(
-                "the policy's tokenizer has no EOS token, which must follow a response that ended by itself"
-            )
-        return encode_response(self.tokenizer, text, ended and self.tokenizer.eos_token_id is not None)
 
 
 def build_rows(
