@@ -77,6 +77,11 @@ class DataOptions:
     )
     save_minutes: float = option(0.0, "Minutes between checkpoints, instead of --save_steps; 0: by steps.")
     attn_implementation: str = option("sdpa", "Attention kernels: sdpa, eager, flash_attention_2.")
+    share_prefixes: bool = option(
+        True,
+        "Compute what a batch's sequences have in common (prompts, templates) once, where the model is one of those "
+        "that allow it and attn_implementation is sdpa; equal to rounding.",
+    )
 
 
 @dataclass
@@ -122,12 +127,6 @@ class Defaults:
 @dataclass
 class DPOTrainingArguments(Defaults, TrainingArguments):
     """`transformers.TrainingArguments` with the defaults of this project."""
-
-    share_prefixes: bool = option(
-        True,
-        "Compute what a batch's sequences have in common (prompts, templates) once, where the model is one of those "
-        "that allow it and attn_implementation is sdpa; equal to rounding.",
-    )
 
 
 # --- The tables of inherited arguments ----------------------------------------------------------------------------
@@ -319,7 +318,7 @@ def check(options: DataOptions, training: TrainingArguments) -> None:
 
 def settings_of(options: DataOptions, training: TrainingArguments, data_sha256: str, more: tuple = ()) -> dict:
     """Return everything that shapes the result, as plain JSON values; `more` names further training arguments."""
-    watched = ("save_minutes",)
+    watched = ("save_minutes", "share_prefixes")
     chosen = {name: value for name, value in vars(options).items() if name not in watched}
     shaping = {name: getattr(training, name) for name in (*sorted(SHAPING), *more)}
     shaping = {name: getattr(value, "value", value) for name, value in shaping.items()}

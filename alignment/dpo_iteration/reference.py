@@ -128,7 +128,7 @@ def compute(
             attn_implementation=options.attn_implementation,
         )
     model = as_scorer(model)
-    shares = training.share_prefixes and may_share(model)
+    shares = options.share_prefixes and may_share(model)
     model = sharded(model, dtype, training) if in_shards else model.to(training.device)
     # Rows of like length share a batch.
     order = np.argsort(rows.data.column("length").to_numpy(), kind="stable")

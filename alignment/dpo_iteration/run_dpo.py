@@ -80,7 +80,7 @@ def make_trainer(
     return DPOTrainer(
         beta=options.beta,
         loss_type=options.loss_type,
-        share=training.share_prefixes and may_share(model),
+        share=options.share_prefixes and may_share(model),
         model=with_adapter(model, options) if options.use_lora else model,
         args=training,
         train_dataset=train_rows,
