@@ -150,6 +150,7 @@ def default_dtype() -> str:
 
 def stored_dtype(name: str, trust_remote_code: bool = False) -> str:
     """Return the type in which most of a model's weights are stored: `float32`, `bfloat16`, ..."""
+    name = whole_model(name, "model", trust_remote_code)
     if not Path(name).is_dir():
         return str(load_config(name, "model", trust_remote_code).dtype).removeprefix("torch.")
     sizes = Counter()
