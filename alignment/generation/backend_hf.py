@@ -1,10 +1,10 @@
-"""Generation with transformers: policy and second model run in step, each with its KV cache.
+"""Generation with transformers: policy, second model and any others run in step, each with its KV cache.
 
 Slower than vLLM and simple enough to be read in a minute: the oracle in the tests, and the way where vLLM is absent.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -13,10 +13,11 @@ from generation.sampling import Request, Response, Sampling
 
 
 class HFGenerator:
-    """Samples responses with one or two transformers models.
+    """Samples responses with one, two or more transformers models.
 
     Args:
         policy, second: model folders or names; None for one that no request needs.
+        others: further models; a request has one weight per model: policy, second, others.
         dtype: float32 or bfloat16.
         max_num_seqs: how many responses are sampled at a time.
         trust_remote_code: run code that comes with the model.
@@ -29,11 +30,12 @@ class HFGenerator:
         dtype: str,
         max_num_seqs: int = 20,
         trust_remote_code: bool = False,
+        others: Sequence[str] = (),
     ) -> None:
         self.device = default_device()
         self.models = [
             name and load_causal_lm(name, what, dtype, trust_remote_code).to(self.device)
-            for name, what in ((policy, "policy"), (second, "second model"))
+            for name, what in ((policy, "policy"), (second, "second model"), *((name, "model") for name in others))
         ]
         self.batch_size = max_num_seqs
 
@@ -53,7 +55,7 @@ class HFGenerator:
         ids, mask = left_pad([request.prompt_ids for request in batch], self.device)
         weights = torch.tensor([request.weights for request in batch], device=self.device)
         generators = [torch.Generator(self.device).manual_seed(request.seed) for request in batch]
-        caches = [None, None]
+        caches = [None] * len(self.models)
         sampled: list[list[int]] = [[] for _ in batch]
         stopped = [False] * len(batch)
         stop = set(sampling.stop_token_ids)

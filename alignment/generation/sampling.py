@@ -24,13 +24,13 @@ class Request(NamedTuple):
     Attributes:
         key: names the request in the output; any string.
         prompt_ids: token ids of the prompt.
-        weights: (w_policy, w_second), see bandit/mixtures.py.
+        weights: (w_policy, w_second, and of any further models), see bandit/mixtures.py.
         seed: of this request's own random stream; its response does not depend on what else is in the batch.
     """
 
     key: str
     prompt_ids: list[int]
-    weights: tuple[float, float]
+    weights: tuple[float, ...]
     seed: int
 
 
