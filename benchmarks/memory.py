@@ -22,7 +22,7 @@ from benchmarks.harness import ASSETS, PROJECT, Row, peak_memory, report
 MIB = 2**20
 ALLOWED = 1.2
 WORDS = """
-Peak memory of the real scripts as processes of their own, two responses of at most 16 tokens a prompt, tiny random
+Peak memory of the real scripts as processes of their own, two responses of at most 16 tokens per prompt, tiny random
 models; baseline: {} prompts, ours: {} prompts. vLLM's cache (1 GiB) is full in both.
 """
 MODELS = """
@@ -38,7 +38,7 @@ save_tiny_reward_model(sys.argv[1] + "/reward", 2, context=256)
 def make_models(folder: Path) -> None:
     """Policy, reference and reward model of random weights, by a process of its own: this one has to stay small."""
     command = [sys.executable, "-c", MODELS, str(folder)]
-    subprocess.run(command, cwd=PROJECT / "tests", check=True, capture_output=True)
+    subprocess.run(command, cwd=PROJECT / "tests" / "support", check=True, capture_output=True)
 
 
 def write_prompts(path: Path, count: int) -> None:
@@ -82,7 +82,7 @@ def row(case: str, few: int, many: int, counts: list[int]) -> Row:
     """How one script's peak grew from the smaller to the larger number of prompts."""
     each = (many - few) / (counts[1] - counts[0]) / 1024
     figures = f"{few / MIB:.0f} MiB", f"{many / MIB:.0f} MiB", f"{many / few:.3f}"
-    return Row(case, *figures, f"<= {ALLOWED}", "1", f"the libraries; {each:.1f} KiB a further prompt")
+    return Row(case, *figures, f"<= {ALLOWED}", "1", f"the libraries; {each:.1f} KiB per further prompt")
 
 
 def main() -> None:
