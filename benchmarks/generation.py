@@ -26,9 +26,8 @@ from benchmarks.machine import half_dtype, memory_bandwidth, multiply_rate
 from common.models import load_causal_lm, load_tokenizer, stop_token_ids
 from generation.backend_hf import left_pad
 from generation.backend_vllm import VLLMGenerator
-from generation.interface import Request, Sampling
-from generation.plan import Plan, requests
-from generation.prompts import load_prompts
+from generation.prompts import Template, load_prompts
+from generation.sampling import Plan, Request, Sampling
 
 POLICY = str(ASSETS / "policy")
 LONGEST_PROMPT = 96  # tokens
@@ -111,8 +110,8 @@ def limits(policy: torch.nn.Module, dtype: str, slots: int, prompt: float, lengt
 
 def make_requests(tokenizer, prompts: int) -> list[Request]:
     """Two responses a prompt, one from each side of the sampler mixp."""
-    found, _ = load_prompts([str(ASSETS / "prompts.jsonl")], tokenizer, "chat", LONGEST_PROMPT, end=prompts)
-    return list(requests(Plan(found, 0, MIXTURES["mixp"].pairs(0.1), 2, seed=0), {}))
+    found, _ = load_prompts([str(ASSETS / "prompts.jsonl")], tokenizer, Template("chat"), LONGEST_PROMPT, end=prompts)
+    return list(Plan(found, 0, MIXTURES["mixp"].pairs(0.1), 2, seed=0).requests({}))
 
 
 def parser() -> argparse.ArgumentParser:

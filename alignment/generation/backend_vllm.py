@@ -1,4 +1,4 @@
-"""Generation with vLLM: one engine, one continuous batch, for any mix of policy, reference and their mixtures."""
+"""Generation with vLLM: one engine, one continuous batch, for any mix of policy, second model and their mixtures."""
 
 import collections
 import gc
@@ -12,7 +12,7 @@ from vllm_logit_mixture.environment import set_defaults
 
 from common.cli import UserError
 from common.models import default_device, give_memory_back
-from generation.interface import EngineDied, Request, Response, Sampling
+from generation.sampling import EngineDied, Request, Response, Sampling
 
 CPU_OPTIONS = {
     # A prompt split over steps draws a token too early, and vLLM winds the request's random stream back, which
@@ -33,9 +33,9 @@ class VLLMGenerator:
     """Samples responses with one vLLM engine.
 
     Args:
-        policy, reference: model folders or names; give None for the one that no request needs, and the engine
+        policy, second: model folders or names; give None for the one that no request needs, and the engine
             holds a single model. With both, it is the logit mixture of the plugin.
-        others: further models; a request has one weight per model: policy, reference, others.
+        others: further models; a request has one weight per model: policy, second, others.
         dtype: float32 or bfloat16.
         max_length: longest prompt + response, in tokens.
         max_num_seqs: how many responses are sampled at a time.
@@ -50,7 +50,7 @@ class VLLMGenerator:
     def __init__(
         self,
         policy: str | None,
-        reference: str | None,
+        second: str | None,
         dtype: str,
         max_length: int,
         max_num_seqs: int = 64,
@@ -61,7 +61,7 @@ class VLLMGenerator:
         others: Sequence[str] = (),
         **options,
     ) -> None:
-        models = [policy, reference, *others]
+        models = [policy, second, *others]
         self.held = [i for i, name in enumerate(models) if name is not None]
         on_gpu = default_device() == "cuda"
         if compile == "cudagraphs" and not on_gpu:
