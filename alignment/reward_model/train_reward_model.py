@@ -1,6 +1,7 @@
 """Trains a reward model from preference pairs (Bradley-Terry: P(chosen beats rejected) = sigmoid of the difference).
 
-Reads:   a JSONL file with one {"prompt", "chosen", "rejected"} a line; any encoder or decoder model.
+Reads:   preference pairs {"prompt", "chosen", "rejected"}: JSONL, JSON, CSV or Parquet, compressed or not, a folder
+         of such files or one saved by `datasets`, a hub's name; any encoder or decoder model.
 Writes:  DIR, a sequence classifier with one label, its tokenizer, and metrics.json: settings, inputs and pair
          accuracy on held-out prompts. DIR appears when everything is finished.
 
@@ -21,7 +22,8 @@ from common.cli import Parser, UserError, fraction, natural, positive, positive_
 from common.journal import refuse_other_settings
 from common.models import context_length, default_device, load_config, load_reward_model, load_tokenizer
 from common.provenance import data_inputs, model_inputs, provenance
-from common.records import read_json, rename_flushed, sha256, write_json, writing
+from common.records import read_json, rename_flushed, write_json, writing
+from common.sources import content_of
 from reward_model.preference_data import read_pairs, split_by_prompt
 
 PLAIN_TEMPLATE = (
@@ -33,7 +35,7 @@ def parser() -> Parser:
     """The command line."""
     flags = Parser(__doc__)
     flags.add("--model_name_or_path", "model to start from: folder or hub name", required=True)
-    flags.add("--train_file", "JSONL file of preference pairs", required=True)
+    flags.add("--train_file", "preference pairs: file, folder, or hub name (split train)", required=True)
     flags.add("--output_dir", "folder for the trained model", required=True)
     flags.add(
         "--max_length",
@@ -64,7 +66,8 @@ def parser() -> Parser:
 def main() -> None:
     args = parser().parse_args()
     pairs = read_pairs(args.train_file)
-    settings = {k: v for k, v in vars(args).items() if k != "output_dir"} | {"train_sha256": sha256(args.train_file)}
+    settings = {k: v for k, v in vars(args).items() if k != "output_dir"}
+    settings |= {f"train_{k}": v for k, v in content_of(args.train_file, "train").items()}
     if is_done(args.output_dir, settings):
         return
     tokenizer = prepare_tokenizer(args)

@@ -1,5 +1,6 @@
 """Reward-model training: the loss, the split, the trainer on separable data, the saved model, the human labels."""
 
+import gzip
 import itertools
 import json
 import math
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from tiny import save_tiny_policy, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel
@@ -183,6 +185,26 @@ def test_saved_model_brings_its_own_text_form(tmp_path, monkeypatch):
     turns = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]
     assert scorer.tokenizer.apply_chat_template(turns, tokenize=False) == "a?\nb"
     assert scorer.max_length == 60
+
+
+@pytest.mark.parametrize("form", ["bom.jsonl", "list.json", "rows.parquet", "rows.csv", "lines.jsonl.gz", "folder"])
+def test_pairs_are_read_in_the_forms_that_people_have(tmp_path, form):
+    """With a byte-order mark, other columns, and nulls in them."""
+    expected = [{"prompt": f"q{i} é", "chosen": 'a\u2028b, "c"', "rejected": f"no {i}"} for i in range(4)]
+    rows = [{**pair, "note": None if i % 2 else "x"} for i, pair in enumerate(expected)]
+    path = tmp_path / form
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if form == "bom.jsonl":
+        path.write_text(lines, encoding="utf-8-sig")
+    elif form == "list.json":
+        path.write_text(json.dumps(rows))
+    elif form == "lines.jsonl.gz":
+        path.write_bytes(gzip.compress(lines.encode()))
+    else:
+        data = Dataset.from_list(rows)
+        write = {"rows.parquet": data.to_parquet, "rows.csv": data.to_csv, "folder": data.save_to_disk}[form]
+        write(str(path))
+    assert read_pairs(path) == expected
 
 
 @pytest.mark.parametrize(
