@@ -4,7 +4,6 @@ Not trl's RewardTrainer: it pads with the tokenizer's own pad token, which score
 """
 
 import math
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from transformers import Trainer
 from annotate_data.scorer import pad_right
 from annotate_data.texts import chat_text, encode
 from common.cli import UserError
+from dpo_iteration.dpo import FilledUp
 
 
 def bradley_terry_losses(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
@@ -119,7 +119,7 @@ class BradleyTerryTrainer(Trainer):
         if self.args.world_size == 1:
             return sampler
         seeded = SeedableRandomSampler(data_source=sampler.data_source, data_seed=self.args.seed)
-        return _FilledUp(seeded, self.args.world_size * self.args.per_device_train_batch_size)
+        return FilledUp(seeded, self.args.world_size * self.args.per_device_train_batch_size)
 
 
 class _Pairs(Dataset):
@@ -133,24 +133,6 @@ class _Pairs(Dataset):
 
     def __getitem__(self, index: int) -> tuple[list[int], list[int], float]:
         return (*self.pairs[index], 1.0) if index >= 0 else (*self.pairs[-1 - index], 0.0)
-
-
-class _FilledUp(Sampler):
-    """The indices of a sampler, then negative ones until their number is a multiple."""
-
-    def __init__(self, sampler: SeedableRandomSampler, multiple: int) -> None:
-        self.sampler, self.missing = sampler, -len(sampler) % multiple
-
-    def __len__(self) -> int:
-        return len(self.sampler) + self.missing
-
-    def __iter__(self) -> Iterator[int]:
-        yield from self.sampler
-        yield from (-1 - i % len(self.sampler) for i in range(self.missing))
-
-    def set_epoch(self, epoch: int) -> None:
-        """Gives each epoch an order of its own."""
-        self.sampler.set_epoch(epoch)
 
 
 def _columns(pairs: list[tuple[list[int], list[int], float]]) -> dict[str, list]:
