@@ -1,7 +1,7 @@
 """Reward-model training: the loss, the split, the trainer on separable data, the saved model, the human labels."""
 
+import csv
 import gzip
-import itertools
 import json
 import math
 import os
@@ -9,6 +9,7 @@ import random
 import socket
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -312,13 +313,47 @@ def test_texts_are_cut_to_what_the_model_reads(tmp_path, monkeypatch, capsys):
     assert {len(ids) for pair in tokens for ids in pair} == {64}
 
 
-def test_human_labels_become_two_disjoint_halves(tmp_path, monkeypatch, capsys):
+def test_human_labels_become_two_files_of_other_raters_and_prompts(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["human_labels.py", "--output_dir", str(tmp_path / "pairs"), "--seed", "3"])
     run(human_labels.main)
-    halves = [read_pairs(tmp_path / "pairs" / name) for name in human_labels.NAMES]
-    assert not {p["prompt"] for p in halves[0]} & {p["prompt"] for p in halves[1]}
-    assert all(len(half) > 500 for half in halves)
-    answers = human_labels.rated_answers(human_labels.labels_folder())
-    for pair in itertools.chain(*halves):
-        harm = answers[pair["prompt"]]
-        assert harm[pair["rejected"]] - harm[pair["chosen"]] >= 0.25
+    files = [read_pairs(tmp_path / "pairs" / name) for name in human_labels.NAMES]
+    assert not {p["prompt"] for p in files[0]} & {p["prompt"] for p in files[1]}
+    assert all(len(pairs) > 500 for pairs in files)
+    # The tables themselves: which columns rated an answer how.
+    ratings = [defaultdict(list), defaultdict(list)]
+    for path in human_labels.labels_folder().glob("*/*.csv"):
+        if path.parent.name in human_labels.FOLDERS and not path.name.startswith("mini_"):
+            for row in csv.DictReader(path.read_text().splitlines(keepends=True)[1:]):
+                key = " ".join(row["objective"].split()), row["assistant_response"].strip()
+                for column, value in row.items():
+                    if column.startswith("human_score") and value:
+                        ratings[column[-1] in "23"][key].append((str(path), float(value)))
+
+    def mean(found: list) -> float:
+        """Of the tables' means."""
+        tables = [[v for path, v in found if path == table] for table in sorted({path for path, _ in found})]
+        return sum(sum(values) / len(values) for values in tables) / len(tables)
+
+    for pairs, harm in zip(files, ratings, strict=True):
+        for pair in pairs:
+            chosen, rejected = (mean(harm[pair["prompt"], pair[name]]) for name in ("chosen", "rejected"))
+            assert rejected - chosen >= 0.25 - 1e-9
+
+
+def test_only_the_first_layers_are_kept(tmp_path, monkeypatch, capsys):
+    """A truncated model's scores before training are those of the whole one stopped there: hidden states by hand."""
+    model, data = save_tiny_policy(tmp_path / "m", seed=1, layers=3), separable_pairs(tmp_path / "p")
+    more = ["--max_steps", 1, "--learning_rate", 1e-12, "--num_hidden_layers"]
+    train(monkeypatch, model, data, tmp_path / "rm", *more, 2)
+    cut = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm").eval()
+    whole = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1).eval()
+    ids = torch.tensor([[1, 5, 9, 7]])
+    with torch.no_grad():
+        hidden = whole.model(ids, output_hidden_states=True).hidden_states[2]
+        expected = cut.score(whole.model.norm(hidden))[0, -1]
+        assert torch.allclose(cut(ids).logits[0], expected, atol=1e-5)
+    assert len(cut.model.layers) == 2
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        train(monkeypatch, model, data, tmp_path / "none", *more, 4)
+    assert "3 layers" in capsys.readouterr().err
