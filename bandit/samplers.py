@@ -195,6 +195,11 @@ def best_and_worst(mixture: Mixture) -> Callable[..., Dense]:
     return law
 
 
+def has_law(mixture: Mixture) -> bool:
+    """Whether `from_mixture` has the row's law: that of `max_sweet` among many candidates has no closed form here."""
+    return mixture.candidates == 2 or mixture.choose in ("max_min", "implicit_max_min", "random")
+
+
 def from_mixture(mixture: Mixture, fixed: bool = False) -> Sampler:
     """A row of the language-model table as a sampler of arms.
 
@@ -236,7 +241,7 @@ SAMPLERS = {
     "DPO-Policy-Policy": Sampler(
         logit_mixture(Mixture(always(POLICY, POLICY), "")), "both arms from the current policy"
     ),
-    **{name: from_mixture(row, fixed=name == "offline") for name, row in MIXTURES.items()},
+    **{name: from_mixture(row, fixed=name == "offline") for name, row in MIXTURES.items() if has_law(row)},
 }
 
 

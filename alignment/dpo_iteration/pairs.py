@@ -12,6 +12,7 @@ with the higher (penalised) reward is then the chosen one; a tie is no preferenc
 """
 
 import random
+import statistics
 from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
@@ -61,6 +62,15 @@ def max_max(scores, components, rng) -> Indices:
     return best, _best(scores, [i for i in range(len(scores)) if i != best])
 
 
+def max_sweet(scores, components, rng) -> Indices:
+    """The best response against the one whose score is nearest to mean - 2 standard deviations of the K scores.
+
+    Xiao et al., "Finding the Sweet Spot", arXiv 2502.16825: with many samples the minimum is a worse rejected response.
+    """
+    best, target = _best(scores, range(len(scores))), statistics.mean(scores) - 2 * statistics.pstdev(scores)
+    return best, min((i for i in range(len(scores)) if i != best), key=lambda i: abs(scores[i] - target))
+
+
 def mixed_max_min(scores, components, rng) -> Indices:
     """Best against worst within one component of the sampler.
 
@@ -88,6 +98,7 @@ CHOOSE_TYPES: dict[str, Callable] = {
     "max_random": max_random,
     "max_min": max_min,
     "max_max": max_max,
+    "max_sweet": max_sweet,
     "max_min_p": max_min,  # of penalised rewards, see `rewards_of`
     "implicit_max_min": any_max_min,  # of implicit rewards
     "mixed_max_min": mixed_max_min,

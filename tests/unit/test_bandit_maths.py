@@ -132,7 +132,7 @@ def test_increment_is_minus_beta_lr_times_the_autograd_gradient(name):
 def test_every_sampler_of_the_table_is_checked_and_has_a_colour():
     assert set(COLORS) == set(SAMPLERS)
     assert color_of("new") == color_of("new") != color_of("newer")
-    assert len({color_of(name) for name in MIXTURES}) == len(MIXTURES)
+    assert len({color_of(name) for name in MIXTURES}) == len(MIXTURES)  # rows without a law here too
 
 
 def best_and_worst_of_tuples(pi, scores, draws):
