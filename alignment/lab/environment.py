@@ -12,7 +12,9 @@ from lab.tree import response_logps
 class Setting:
     """One cell of a study; each field is a flag of run_lab.py with this default."""
 
-    learner: str = field(default="transformer", metadata={"help": "table (one logit per response), linear, transformer"})
+    learner: str = field(
+        default="transformer", metadata={"help": "table (one logit per response), linear, transformer"}
+    )
     optimizer: str = field(default="adam", metadata={"help": "adam (0.9, 0.99) or sgd; the lr falls linearly to 0"})
     beta: float = field(default=0.3, metadata={"help": "KL coefficient of value and loss"})
     updates: int = field(default=150, metadata={"help": "updates in all"})
@@ -24,11 +26,15 @@ class Setting:
     restart: bool = field(
         default=False, metadata={"help": "restart optimizer and lr in each round, as the pipeline's runs do"}
     )
-    quality: float = field(default=0.0, metadata={"help": "correlation q of the reference's structure with the reward"})
+    quality: float = field(
+        default=0.0, metadata={"help": "correlation q of the reference's structure with the reward"}
+    )
     spread: float = field(default=1.0, metadata={"help": "standard deviation of the reference's log-probabilities"})
     label_noise: float = field(default=0.0, metadata={"help": "probability that a Bradley-Terry label is flipped"})
     temperature: float = field(default=1.0, metadata={"help": "sampling temperature"})
-    loss: str = field(default="sigmoid", metadata={"help": "sigmoid on drawn labels, rev_kl on the true margins, ..."})
+    loss: str = field(
+        default="sigmoid", metadata={"help": "sigmoid on drawn labels, rev_kl on the true margins, ..."}
+    )
     prompts: int = field(default=4, metadata={"help": "prompts, at most the vocabulary: a prompt is one token"})
     vocabulary: int = field(default=4, metadata={"help": "tokens"})
     length: int = field(default=4, metadata={"help": "tokens per response"})
@@ -54,9 +60,7 @@ class Environment:
     ref_logps: torch.Tensor
 
 
-def make_environment(
-    setting: Setting, seeds: list[int], fit_steps: int = 300, compiled: bool = False
-) -> Environment:
+def make_environment(setting: Setting, seeds: list[int], fit_steps: int = 300, compiled: bool = False) -> Environment:
     """Draw rewards and references of the given seeds; seed s is the same environment whatever the others are."""
     transformer = Transformer(setting)
     draws = []

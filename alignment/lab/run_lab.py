@@ -35,7 +35,7 @@ LRS = {
     ("table", "adam"): [0.05 * 2**i for i in range(9)],
     ("linear", "sgd"): [2.5 * 2**i for i in range(9)],
     ("linear", "adam"): [0.0125 * 2**i for i in range(9)],
-    ("transformer", "sgd"): [0.125 * 2**i for i in range(7)],
+    ("transformer", "sgd"): [0.0625 * 2**i for i in range(8)],
     ("transformer", "adam"): [0.001 * 2**i for i in range(6)],
 }
 
@@ -128,7 +128,10 @@ def run_cell(
 
 def markdown(rows: list[Comparison]) -> str:
     """Return the table: value gap, difference from online with interval, Holm's p, lr, share of lrs at the edge."""
-    lines = ["| sampler | value gap | minus online, 95% | Holm's p | lr | at the grid's edge |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| sampler | value gap | minus online, 95% | Holm's p | lr | at the grid's edge |",
+        "|---|---|---|---|---|---|",
+    ]
     for r in rows:
         interval = f"{r.difference:+.3f} [{r.low:+.3f}, {r.high:+.3f}]" if r.sampler != "online" else ""
         p = f"{r.p_holm:.2g}" if interval else ""

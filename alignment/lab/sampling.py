@@ -138,4 +138,3 @@ def choose_two(candidates: torch.Tensor, scores: torch.Tensor, rule: str, seed: 
 def first_wins(margins: torch.Tensor, label_noise: float, uniforms: torch.Tensor) -> torch.Tensor:
     """Draw Bradley-Terry labels: P(first wins) = sigma(margin), each label flipped with probability `label_noise`."""
     return uniforms < label_noise + (1 - 2 * label_noise) * margins.sigmoid()
-

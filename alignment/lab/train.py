@@ -1,9 +1,9 @@
 """Online DPO of many runs at once: samplers x learning rates x seeds, one row of parameters each.
 
-    pi starts at the reference; per update
-        pairs    M prompts, K candidates each by the sampler's weights; two of them; a Bradley-Terry label
-        loss     mean over pairs of LOSSES[...](beta h), the pipeline's function
-        step     Adam or SGD, learning rate linearly to 0
+pi starts at the reference; per update
+    pairs    M prompts, K candidates each by the sampler's weights; two of them; a Bradley-Terry label
+    loss     mean over pairs of LOSSES[...](beta h), the pipeline's function
+    step     Adam or SGD, learning rate linearly to 0
 """
 
 from collections.abc import Callable
@@ -77,7 +77,9 @@ def forward_of(setting: Setting, env: Environment, compiled: bool) -> Callable:
     """Return the learner, for the transformer as one compiled program where asked for."""
     learner, _ = make_learner(setting, env.reference, env.ref_logps)
     if compiled and setting.learner == "transformer":
-        return _compiled(setting.prompts, setting.vocabulary, setting.length, setting.width, setting.depth, setting.heads)
+        return _compiled(
+            setting.prompts, setting.vocabulary, setting.length, setting.width, setting.depth, setting.heads
+        )
     return learner
 
 

@@ -23,7 +23,16 @@ def pick(choose_type, rewards, seed=0, pairs=None, penalty=0.0, **more):
 
 
 def test_table():
-    wanted = {"random", "max_random", "max_min", "max_max", "max_sweet", "max_min_p", "implicit_max_min", "mixed_max_min"}
+    wanted = {
+        "random",
+        "max_random",
+        "max_min",
+        "max_max",
+        "max_sweet",
+        "max_min_p",
+        "implicit_max_min",
+        "mixed_max_min",
+    }
     assert set(CHOOSE_TYPES) == wanted
 
 
