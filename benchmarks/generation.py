@@ -87,7 +87,7 @@ class Engine:
 
     def generate(self, wanted: list[Request], sampling: Sampling) -> int:
         self.generator.llm.reset_prefix_cache()  # prompts of the turn before are not remembered
-        return sum(response.num_tokens for response in self.generator.generate(wanted, sampling))
+        return sum(len(response.token_ids) for response in self.generator.generate(wanted, sampling))
 
 
 def limits(policy: torch.nn.Module, dtype: str, slots: int, prompt: float, length: int) -> tuple[float, float]:

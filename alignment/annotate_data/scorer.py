@@ -1,9 +1,7 @@
 """Scores of texts under a sequence-classification reward model, in batches that do not change the scores."""
 
-import array
 import itertools
-from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import torch
 
@@ -16,16 +14,6 @@ WINDOW = 4096
 
 # Most tokens of a batch, padding included, by device: a GPU wants large batches; a CPU batches that its caches hold.
 TOKEN_BUDGET = {"cuda": 16384, "cpu": 2048}
-
-
-class Batch(NamedTuple):
-    """Texts that are scored together: their indices, and their token ids, the longest first.
-
-    A script holds all batches of a file, so ids are arrays of 4 bytes a token (a list takes up to 36).
-    """
-
-    indices: list[int]
-    rows: list[array.array]
 
 
 class TextBatches:
@@ -55,22 +43,33 @@ class TextBatches:
         self.token_budget = token_budget or TOKEN_BUDGET[default_device()]
         self.cut = 0
 
-    def batches(self, texts: list[str], skip: Collection[int] = frozenset()) -> Iterator[Batch]:
-        """Batches of similar length, longest text of a window first.
-
-        Those whose texts are all in `skip` (indices that need no score) are left out; the others do not depend on
-        it: a continued run computes the same numbers.
-        """
-        for start in range(0, len(texts), WINDOW):
-            tokens, cut = encode(self.tokenizer, texts[start : start + WINDOW], self.max_length)
+    def encode_all(self, texts: Iterable[str]) -> Iterator[list[int]]:
+        """Yields the token ids of each text; only a window of texts is in memory."""
+        texts = iter(texts)
+        while window := list(itertools.islice(texts, WINDOW)):
+            tokens, cut = encode(self.tokenizer, window, self.max_length)
             self.cut += sum(cut)
-            waiting = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
-            while waiting:
-                size = within_budget(len(waiting), len(tokens[waiting[0]]), self.token_budget)
-                indices = [start + i for i in waiting[:size]]
-                if not all(i in skip for i in indices):
-                    yield Batch(indices, [array.array("i", tokens[i]) for i in waiting[:size]])
-                waiting = waiting[size:]
+            yield from tokens
+
+
+def length_batches(lengths: Sequence[int], budget: int, skip: Collection[int] = frozenset()) -> Iterator[list[int]]:
+    """Yields indices of texts of similar length, the longest of a window first.
+
+    Batches whose texts are all in `skip` (indices that need no score) are left out; the others do not depend on
+    it: a continued run computes the same numbers.
+
+    Args:
+        lengths: tokens of each text.
+        budget: most tokens of a batch, padding included.
+    """
+    for start in range(0, len(lengths), WINDOW):
+        window = range(start, min(start + WINDOW, len(lengths)))
+        waiting = sorted(window, key=lambda i: -lengths[i])
+        while waiting:
+            size = within_budget(len(waiting), lengths[waiting[0]], budget)
+            if not all(i in skip for i in waiting[:size]):
+                yield waiting[:size]
+            waiting = waiting[size:]
 
 
 class RewardScorer(TextBatches):
@@ -105,9 +104,10 @@ class RewardScorer(TextBatches):
 
     def stream(self, texts: list[str], skip: Collection[int] = frozenset()) -> Iterator[tuple[int, float]]:
         """Yields (index, score) of the texts that are not in `skip`, as batches finish."""
-        for batch in self.batches(texts, skip):
-            scores = self.score_rows(batch.rows)
-            yield from (pair for pair in zip(batch.indices, scores, strict=True) if pair[0] not in skip)
+        rows = list(self.encode_all(texts))
+        for indices in length_batches([len(row) for row in rows], self.token_budget, skip):
+            scores = self.score_rows([rows[i] for i in indices])
+            yield from (pair for pair in zip(indices, scores, strict=True) if pair[0] not in skip)
 
     def score_rows(self, rows: list[Sequence[int]]) -> list[float]:
         """Scores of a batch's token lists: in one pass, unless padding or memory forbids that."""

@@ -2,6 +2,8 @@
 
 import ctypes
 import gc
+import hashlib
+import json
 from pathlib import Path
 
 from common.cli import UserError, first_line
@@ -156,9 +158,31 @@ def encode_prompt(tokenizer, text: str) -> list[int]:
 
 
 def encode_response(tokenizer, text: str, ended: bool) -> list[int]:
-    """Token ids of a response: no special tokens but EOS, and that only where the response really `ended`."""
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return ids + [tokenizer.eos_token_id] if ended else ids
+    """Return the token ids of a response that exists as text only, with EOS where it `ended`.
+
+    The text of a control token is text here: a response that spells out `<|im_end|>` does not end there. A tokenizer
+    without EOS puts no end token.
+    """
+    ids = list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+    eos = tokenizer.eos_token_id
+    return [*ids, eos] if ended and eos is not None else ids
+
+
+def tokenizer_fingerprint(tokenizer) -> str:
+    """Return a short hash of all that decides which ids a text becomes: equal means that ids can be exchanged.
+
+    Vocabulary, special tokens, and of a fast tokenizer normalizer, pre-tokenizer, model and post-processor. Padding
+    and chat template are left out: they change no id.
+    """
+    whole = {
+        "vocabulary": tokenizer.get_vocab(),
+        "special": [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id],
+    }
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        form = json.loads(backend.to_str())
+        whole |= {key: form.get(key) for key in ("normalizer", "pre_tokenizer", "model", "post_processor")}
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def stop_token_ids(tokenizer, model_name: str) -> list[int]:
@@ -174,9 +198,27 @@ def stop_token_ids(tokenizer, model_name: str) -> list[int]:
     return sorted(i for i in ids if i is not None)
 
 
-def context_length(config) -> int | None:
-    """How many tokens (prompt + response) the model can read, or None where the configuration does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+# These count positions from the pad id on, so that many of their position embeddings are never used.
+POSITIONS_BEHIND_PAD = {
+    *("camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "mpnet"),
+    *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+}
+NO_LIMIT = 10**9  # tokenizers without a limit have 10^30
+
+
+def context_length(config, tokenizer=None) -> int | None:
+    """Return how many tokens the model can read (prompt + response), or None where nothing says so.
+
+    The smaller of the model's usable positions and the tokenizer's `model_max_length`, where that is a real number.
+    """
+    config = config.get_text_config()
+    limits = []
+    if (positions := getattr(config, "max_position_embeddings", None)) is not None:
+        behind_pad = config.model_type in POSITIONS_BEHIND_PAD and config.pad_token_id is not None
+        limits.append(positions - (config.pad_token_id + 1 if behind_pad else 0))
+    if tokenizer is not None and 0 < (tokenizer.model_max_length or 0) < NO_LIMIT:
+        limits.append(int(tokenizer.model_max_length))
+    return min(limits, default=None)
 
 
 def check_same_vocabulary(policy_tokenizer, reference_tokenizer) -> None:

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, TrainerCallback
 from common.cli import UserError
 from common.journal import refuse_other_settings
 from common.models import load_causal_lm
-from common.records import read_json, write_json
+from common.records import read_json, rename_flushed, write_json
 from dpo_iteration.distributed import on_main, whole_models
 
 
@@ -135,7 +135,7 @@ def _write_final(trainer, options, raw: Path, final: Path, dtype: str) -> None:
 
 
 def _rename(final: Path, output: Path, folder: Path) -> None:
-    final.rename(output)  # onto nothing or an empty folder
+    rename_flushed(final, output)  # onto nothing or an empty folder
     shutil.rmtree(folder)
 
 

@@ -134,7 +134,9 @@ def sample(args: argparse.Namespace, prompts: list, book: Journal, tokenizer) ->
         stop_ids = stop_token_ids(tokenizer, args.model_name_or_path)
         sampling = Sampling(args.temperature, args.max_new_tokens, stop_ids)
         for response in tqdm(generator.generate(wanted, sampling), "sampling", len(wanted), file=sys.stdout):
-            book.add(response.key, {"ids": response.token_ids, "ended": response.stop_reason == "stop"})
+            ended = response.stop_reason == "stop"
+            ids = response.token_ids[:-1] if ended else response.token_ids
+            book.add(response.key, {"ids": ids, "ended": ended})
         generator.close()  # scoring needs its memory for two models
     rows = [book.rows[request.key] for request in requests(plan, {})]
     return [[Sequence(p.token_ids, r["ids"], r["ended"])] for p, r in zip(prompts, rows, strict=True)]

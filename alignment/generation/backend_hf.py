@@ -62,8 +62,8 @@ class HFGenerator:
             tokens = sample(logits, sampling.temperature, generators)
             for row, token in enumerate(tokens.tolist()):
                 if not stopped[row]:
+                    sampled[row].append(token)
                     stopped[row] = token in stop
-                    sampled[row] += [] if stopped[row] else [token]
             if all(stopped):
                 break
             ids = tokens[:, None]

@@ -43,6 +43,7 @@ def load_generator(args: argparse.Namespace, policy: str | None, reference: str 
         max_length=args.max_input_length + args.max_new_tokens,
         tensor_parallel_size=args.tensor_parallel_size,
         gpu_memory_utilization=args.gpu_memory_utilization,
+        compile=args.compile,
         **shared,
     )
 

@@ -29,6 +29,12 @@ def add_engine_flags(p: Parser) -> None:
     p.add("--max_num_seqs", "responses sampled at a time", type=positive_int, default=64)
     p.add("--tensor_parallel_size", "GPUs that share a model (vllm)", type=positive_int, default=1)
     p.add("--gpu_memory_utilization", "share of GPU memory for the engine (vllm)", type=fraction, default=0.9)
+    p.add(
+        "--compile",
+        "what vLLM compiles at each start: nothing, CUDA graphs (seconds), or all of the model (minutes)",
+        choices=["eager", "cudagraphs", "inductor"],
+        default="eager",
+    )
     p.add("--trust_remote_code", "run code that comes with a model", action="store_true")
 
 

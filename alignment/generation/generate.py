@@ -32,6 +32,7 @@ from common.models import (
     load_config,
     load_tokenizer,
     stop_token_ids,
+    tokenizer_fingerprint,
 )
 from common.provenance import data_inputs, model_inputs, provenance
 from common.records import write_records
@@ -211,9 +212,8 @@ def sample(todo: list[Slice], start: Callable[[], Any], sampling: Sampling, toke
             number, key = response.key.split("/")
             part, book = todo[int(number)], books[int(number)]
             text = tokenizer.decode(response.token_ids, skip_special_tokens=True)
-            row = {"text": text, "stop_reason": response.stop_reason, "num_tokens": response.num_tokens}
-            book.add(key, row)
-            tokens += response.num_tokens
+            book.add(key, {"text": text, "ids": response.token_ids, "stop_reason": response.stop_reason})
+            tokens += len(response.token_ids)
             bar.update()
             rate = tokens / max(bar.format_dict["elapsed"], 1e-9)
             bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
@@ -255,6 +255,7 @@ def main() -> None:
     wanted = slices(args)
     tokenizer = check_models(args, policy, reference)
     settings = settings_of(args, sampler, pairs, policy, reference)
+    settings["tokenizer"] = tokenizer_fingerprint(tokenizer)
     todo = slices_to_do(args, wanted, tokenizer, settings, pairs)
     if not todo:
         return

@@ -27,18 +27,13 @@ class Response(NamedTuple):
 
     Attributes:
         key: of its request.
-        token_ids: the sampled ids without the token that ended it.
-        stop_reason: `stop` (an end token was sampled) or `length` (max_new_tokens was reached).
+        token_ids: the sampled ids; where a stop token ended it, that is the last one.
+        stop_reason: `stop` (a stop token was sampled) or `length` (max_new_tokens was reached).
     """
 
     key: str
     token_ids: list[int]
     stop_reason: str
-
-    @property
-    def num_tokens(self) -> int:
-        """How many tokens were sampled, the end token counted."""
-        return len(self.token_ids) + (self.stop_reason == "stop")
 
 
 class EngineDied(UserError):

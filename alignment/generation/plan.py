@@ -43,7 +43,7 @@ def instances(plan: Plan, rows: Mapping[str, dict]) -> Iterator[dict]:
     """The data file's instances, in the prompts' order, one at a time.
 
     Args:
-        rows: request key → {"text", "stop_reason", "num_tokens"}.
+        rows: request key → {"text", "ids", "stop_reason"}.
     """
     for index, prompt in enumerate(plan.prompts, plan.start):
         responses = [rows[f"{index}.{j}"] for j in range(plan.count)]
@@ -55,7 +55,8 @@ def _instance(prompt: Prompt, assignments: list[Assignment], responses: list[dic
         "prompt": prompt.text,
         "raw_prompt" if isinstance(prompt.raw, str) else "messages": prompt.raw,
         "responses": [response["text"] for response in responses],
+        "response_ids": [response["ids"] for response in responses],
         "pairs": [assignment.row for assignment in assignments],
         "stop_reasons": [response["stop_reason"] for response in responses],
-        "num_tokens": [response["num_tokens"] for response in responses],
+        "num_tokens": [len(response["ids"]) for response in responses],
     }

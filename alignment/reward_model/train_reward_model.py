@@ -11,7 +11,6 @@ that is saved with the model. So `get_rewards.py --reward_template chat` feeds t
         --output_dir reward_model --trainable_layers 2 --max_steps 100
 """
 
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -22,7 +21,7 @@ from common.cli import Parser, UserError, fraction, natural, positive, positive_
 from common.journal import refuse_other_settings
 from common.models import default_device, load_config, load_reward_model, load_tokenizer
 from common.provenance import data_inputs, model_inputs, provenance
-from common.records import read_json, sha256, write_json, writing
+from common.records import read_json, rename_flushed, sha256, write_json, writing
 from reward_model.preference_data import read_pairs, split_by_prompt
 
 PLAIN_TEMPLATE = (
@@ -80,7 +79,8 @@ def main() -> None:
         inputs = model_inputs({"base model": args.model_name_or_path}) + data_inputs([args.train_file])
         metrics["provenance"] = {"train": provenance(["accelerate"], inputs)}
         write_json(unfinished / "metrics.json", metrics)
-        os.replace(unfinished, args.output_dir)
+        with writing(args.output_dir):
+            rename_flushed(unfinished, args.output_dir)
         print(report(metrics))
 
 

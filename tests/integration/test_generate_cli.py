@@ -55,6 +55,7 @@ def test_output_is_the_contract(place, finished):
     assert [i["prompt"] for i in instances] == PROMPTS
     assert all(len(i["responses"]) == 4 and set(i["stop_reasons"]) <= {"stop", "length"} for i in instances)
     assert all(n <= 8 for i in instances for n in i["num_tokens"])
+    assert all([len(ids) for ids in i["response_ids"]] == i["num_tokens"] for i in instances)
     made = settings["generate"]
     assert (made["K"], made["temperature"], made["seed"], made["backend"]) == (4, 1.0, 5, "vllm")
     assert made["sampler"] == [[1.0, [1.5, -0.5], [0.5, 0.5]]]
@@ -78,8 +79,8 @@ def test_continuing_gives_the_same_file(place, finished, tmp_path):
         instance = instances[index]
         row = {
             "text": instance["responses"][j],
+            "ids": instance["response_ids"][j],
             "stop_reason": instance["stop_reasons"][j],
-            "num_tokens": instance["num_tokens"][j],
         }
         rows.append({"key": f"{index}.{j}", "row": row})
     text = "".join(json.dumps(line) + "\n" for line in [settings["generate"], *rows])

@@ -233,7 +233,7 @@ def test_zero3_checkpoint_loads_in_vllm(zero_data, zero3):
     prompts = [tokenizer(text)["input_ids"] for text in ("a bad cab.", "feed", "he had a bag")]
     engine = VLLMGenerator(trained, None, dtype="float32", max_length=64, max_num_seqs=4)
     asked = [Request(str(i), ids, (1.0, 0.0), 0) for i, ids in enumerate(prompts)]
-    got = {r.key: r.token_ids for r in engine.generate(asked, Sampling(0.0, 16, [2]))}
+    got = {r.key: [i for i in r.token_ids if i != 2] for r in engine.generate(asked, Sampling(0.0, 16, [2]))}
     expected = {r.key: greedy(trained, r.prompt_ids, 16) for r in asked}
     assert got == expected
     assert any(greedy(models[0], r.prompt_ids, 16) != expected[r.key] for r in asked)  # it was trained

@@ -118,8 +118,8 @@ GENERATE = {
         "--output_file begun.json",
         ["begun.json.journal: exists, made with K=5, now K="],
     ),
-    "damaged journal": ("--output_file broken.json", ["broken.json.journal: damaged; remove it"]),
-    "journal of no rows": ("--output_file odd_row.json", ["odd_row.json.journal: damaged; remove it"]),
+    "damaged journal": ("--output_file broken.json", ["broken.json.journal: ", "remove it"]),
+    "journal of no rows": ("--output_file odd_row.json", ["odd_row.json.journal: ", "remove it"]),
 }
 
 ANNOTATE = {
@@ -160,6 +160,7 @@ ANNOTATE = {
         "--output_file made.json",
         ["made.json: exists, made with a=1, now a=None"],
     ),
+    "model and function": ("--reward_function rules.py:good", ["--reward_name_or_path", "--reward_function"]),
     "reward model missing": ("--reward_name_or_path ./absent", ["reward model ./absent: no such folder"]),
     "pickled weights": ("--reward_name_or_path ./pickled", ["reward model ./pickled: no *.safetensors"]),
     "no head": ("--reward_name_or_path ./policy", ["reward model ./policy: has no weights for score.weight"]),
@@ -178,6 +179,21 @@ ANNOTATE = {
     ),
 }
 
+FUNCTION = {
+    "not FILE.py:NAME": ("--reward_function rules.py", ["--reward_function 'rules.py'"]),
+    "no such file": ("--reward_function none.py:good", ["none.py: No such file"]),
+    "file does not run": ("--reward_function torn.py:good", ["torn.py: cannot be loaded", "SyntaxError"]),
+    "no such function": ("--reward_function rules.py:best", ["rules.py", "'best'"]),
+    "function fails": (
+        "--reward_function rules.py:fails",
+        ["data.json: row 0", "rules.py:fails", "KeyError", "line 5"],
+    ),
+    "too few numbers": ("--reward_function rules.py:one", ["data.json: row 0", "rules.py:one", "(2)"]),
+    "not finite": ("--reward_function rules.py:infinite", ["data.json: row 0: response 1", "inf"]),
+    "flag of a model": ("--max_length 5", ["--max_length"]),
+    "output is a folder": ("--output_file saved", ["saved: is a folder, not a file"]),
+}
+
 TRAIN = {
     "data missing": ("--train_dir none.json", ["none.json: no such file"]),
     "data is a folder": ("--train_dir saved", ["saved: is a folder, not a file"]),
@@ -192,7 +208,7 @@ TRAIN = {
     ),
     "too few rewards": (
         "--train_dir few.json",
-        ["few.json: row 1: 'rewards' is not a list with one entry a response"],
+        ["few.json: row 1: 'rewards' is not a list with one entry per response"],
     ),
     "one response": ("--train_dir single.json", ["single.json: row 0: one response only"]),
     "equal rewards": (
@@ -292,7 +308,7 @@ SUMMARIZE = {
     "results is a file": ("--run_dir run_file", ["run_file/results"]),
     "broken KL": (
         "--run_dir run_kl",
-        ["run_kl/results/kl_iter1_1.json: 'kl', 'stderr' or 'kl_of_prompts' holds"],
+        ["run_kl/results/kl_shared_iter1.json: a KL, 'stderr' or 'kl_of_prompts' holds"],
     ),
     "other settings": ("--run_dir run_mixed", ["made with K=2, but", "they cannot be compared"]),
     "other prompts": ("--run_dir run_prompts", ["its prompts are not those of"]),
@@ -321,6 +337,11 @@ SCRIPTS = [
         "annotate_data/get_rewards.py",
         "--dataset_name_or_path data.json --reward_name_or_path ./reward --output_file out.json",
         ANNOTATE,
+    ),
+    (
+        "annotate_data/get_rewards.py",
+        "--dataset_name_or_path data.json --reward_function rules.py:good --output_file out.json",
+        FUNCTION,
     ),
     (
         "dpo_iteration/run_dpo.py",
