@@ -70,7 +70,7 @@ def always(first: tuple[float, float], second: tuple[float, float]) -> Callable[
 
 
 def theory(beta: float) -> tuple[tuple[float, float], tuple[float, float]]:
-    """The second pair of the paper's DPO-Mix-P with pi_ref for uniform: pi_ref (pi/pi_ref)^beta, pi_ref (pi_ref/pi)^beta."""
+    """Return DPO-Mix-P's second pair with pi_ref for uniform: pi_ref (pi/pi_ref)^beta, pi_ref (pi_ref/pi)^beta."""
     return (beta, 1 - beta), (-beta, 1 + beta)
 
 

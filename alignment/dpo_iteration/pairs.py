@@ -65,7 +65,7 @@ def max_max(scores, components, rng) -> Indices:
 def max_sweet(scores, components, rng) -> Indices:
     """The best response against the one whose score is nearest to mean - 2 standard deviations of the K scores.
 
-    Xiao et al., "Finding the Sweet Spot", arXiv 2502.16825: with many samples the minimum is a worse rejected response.
+    Xiao et al., "Finding the Sweet Spot", arXiv 2502.16825: of many samples the minimum serves less well.
     """
     best, target = _best(scores, range(len(scores))), statistics.mean(scores) - 2 * statistics.pstdev(scores)
     return best, min((i for i in range(len(scores)) if i != best), key=lambda i: abs(scores[i] - target))

@@ -7,14 +7,13 @@ responses have L tokens each.
 from pathlib import Path
 
 import torch
+from lab.environment import Setting
+from lab.learners import Transformer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from lab.environment import Setting
-from lab.learners import Transformer
-
 STOP = "</s>"
-# The last norm's output sums to about `width` (its bias starts at 1 and its weight at 1): a logit of about -100 width.
+# The last norm's output sums to about `width` (its bias starts at 1, its weight at 1): a logit of about -100 width.
 NEVER = -100.0
 
 

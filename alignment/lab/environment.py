@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 
 import torch
-
 from lab.learners import Transformer, structure
 from lab.tree import response_logps
 

@@ -14,7 +14,6 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-
 from lab.tree import level_sizes, next_token_logps, response_logps, responses
 
 
@@ -93,7 +92,7 @@ class Transformer:
         return x + _linear(F.gelu(hidden, approximate="tanh"), t["mlp.c_proj.weight"], t["mlp.c_proj.bias"])
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Let every node attend to itself and its ancestors: node i of depth d has ancestor i // V^(d-j) at depth j."""
+        """Let nodes attend to themselves and their ancestors: node i of depth d has i // V^(d-j) at depth j."""
         runs, h = q.shape[0], self.heads
         split = [t.view(runs, self.prompts, -1, h, self.width // h).split(self.sizes, dim=2) for t in (q, k, v)]
         out = []

@@ -19,14 +19,14 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]
 
 import numpy as np
 import torch
+from lab.environment import Setting, make_environment
+from lab.intervals import Comparison, compare
+from lab.sampling import LAB_ONLY, lab_sampler
+from lab.train import OPTIMIZERS, run_all
 
 from bandit.mixtures import MIXTURES
 from common.cli import Parser, UserError, run
 from dpo_iteration.dpo import LOSSES
-from lab.environment import Setting, make_environment
-from lab.sampling import LAB_ONLY, lab_sampler
-from lab.intervals import Comparison, compare
-from lab.train import OPTIMIZERS, run_all
 
 LEARNERS = ("table", "linear", "transformer")
 # Grids of factor 2 that hold the best lr of every sampler of the study; wide where runs cost little.
@@ -35,7 +35,7 @@ LRS = {
     ("table", "adam"): [0.05 * 2**i for i in range(9)],
     ("linear", "sgd"): [2.5 * 2**i for i in range(9)],
     ("linear", "adam"): [0.0125 * 2**i for i in range(9)],
-    ("transformer", "sgd"): [0.0625 * 2**i for i in range(8)],
+    ("transformer", "sgd"): [0.125 * 2**i for i in range(5)],
     ("transformer", "adam"): [0.001 * 2**i for i in range(6)],
 }
 

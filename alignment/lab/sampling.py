@@ -7,10 +7,10 @@ import random
 from dataclasses import dataclass
 
 import torch
+from lab.tree import level_sizes, mixed, response_logps
 
 from bandit.mixtures import MIXTURES, Mixture, always, get_mixture
 from dpo_iteration.pairs import CHOOSE_TYPES
-from lab.tree import level_sizes, mixed, response_logps
 
 
 @dataclass(frozen=True)

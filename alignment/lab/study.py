@@ -16,10 +16,10 @@ from typing import NamedTuple
 sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]
 
 import torch
-
-from common.cli import Parser, UserError, run
 from lab.environment import Setting
 from lab.run_lab import LRS, markdown, run_cell
+
+from common.cli import Parser, UserError, run
 
 FEW = ["online", "online-null", "gshf", "mixp", "theory", "offline"]
 ALL = [*FEW, "pilaf", "simplemix", "theory-mix", "nash-md", "temperature", "history", "xpo-bonus", "selm"]
@@ -27,11 +27,17 @@ CHOICES = ["online", "online-null", "random-pairs", "best-worst", "best-sweet", 
 
 
 class Cell(NamedTuple):
-    """One cell: its question, the setting, the samplers."""
+    """One cell: its question, the setting, the samplers, the learning rates (none: run_lab.LRS)."""
 
     question: str
     setting: Setting
     samplers: list[str]
+    lrs: list[float] | None = None
+
+
+def grid(lowest: float, count: int = 5) -> list[float]:
+    """Return learning rates of factor 2."""
+    return [lowest * 2**i for i in range(count)]
 
 
 def ladder() -> dict[str, Cell]:
@@ -41,22 +47,24 @@ def ladder() -> dict[str, Cell]:
         for learner in ("table", "linear", "transformer"):
             for optimizer in ("sgd", "adam"):
                 setting = Setting(learner=learner, optimizer=optimizer, beta=beta)
-                cells[f"ladder_{learner}_{optimizer}_{beta}"] = Cell("ladder", setting, FEW)
+                # A gradient of the loss is in proportion to beta.
+                lrs = grid(0.125 * 0.3 / beta) if (learner, optimizer) == ("transformer", "sgd") else None
+                cells[f"ladder_{learner}_{optimizer}_{beta}"] = Cell("ladder", setting, FEW, lrs)
+    del cells["ladder_transformer_adam_0.3"]  # that is `main`
     return cells
 
 
-# In the order of their importance. The ladder's transformer with Adam at 0.3 is `main`.
-LADDER = ladder()
+ADAM = grid(0.001)
 CELLS = {
     "main": Cell("main", Setting(), ALL),
-    **{name: cell for name, cell in LADDER.items() if name != "ladder_transformer_adam_0.3"},
-    "pipeline": Cell("staleness", Setting(updates=300, iterations=3, epochs=2, restart=True), FEW),
-    **{f"beta_{b}": Cell("beta", Setting(beta=b), FEW) for b in (1.0, 3.0)},
-    **{f"quality_{q}": Cell("quality", Setting(quality=q), FEW) for q in (-0.7, 0.7)},
-    "noise_0.2": Cell("noise", Setting(label_noise=0.2), FEW),
-    **{f"rounds_{n}": Cell("staleness", Setting(iterations=n), FEW) for n in (3, 15)},
-    "choices": Cell("choices", Setting(), CHOICES),
-    "labels_19200": Cell("labels", Setting(updates=600), FEW),
+    **ladder(),
+    "pipeline": Cell("staleness", Setting(updates=300, iterations=3, epochs=2, restart=True), FEW, ADAM),
+    **{f"beta_{b}": Cell("beta", Setting(beta=b), FEW, grid(0.0005)) for b in (1.0, 3.0)},
+    **{f"quality_{q}": Cell("quality", Setting(quality=q), FEW, ADAM) for q in (-0.7, 0.7)},
+    "noise_0.2": Cell("noise", Setting(label_noise=0.2), FEW, ADAM),
+    "rounds_3": Cell("staleness", Setting(iterations=3), FEW, ADAM),
+    "choices": Cell("choices", Setting(), CHOICES, ADAM),
+    "labels_19200": Cell("labels", Setting(updates=600), FEW, ADAM),
 }
 
 
@@ -86,7 +94,7 @@ def run_once(name: str, cell: Cell, seeds: list[int], compiled: bool, folder: Pa
         print(f"{name}: already done", flush=True)
         return
     start = time.time()
-    lrs = LRS[cell.setting.learner, cell.setting.optimizer]
+    lrs = cell.lrs or LRS[cell.setting.learner, cell.setting.optimizer]
     rows = run_cell(cell.setting, cell.samplers, lrs, seeds, compiled, folder)
     print(f"## {name}: {time.time() - start:.0f} s\n{markdown(rows)}\n", flush=True)
 

@@ -13,12 +13,12 @@ from itertools import product
 
 import numpy as np
 import torch
+from lab.environment import Environment, Setting, exact_values
+from lab.learners import Transformer, make_learner
+from lab.sampling import ALPHA, LabSampler, Weights, choose_two, draw_responses, first_wins, lab_sampler
 
 from dpo_iteration.dpo import LOSSES
 from generation.interface import stream_seed
-from lab.environment import Environment, Setting, exact_values
-from lab.learners import make_learner
-from lab.sampling import ALPHA, LabSampler, Weights, choose_two, draw_responses, first_wins, lab_sampler
 
 # Runs per tensor program; a fixed number, so that a compiled learner is compiled once.
 CHUNK = 64
@@ -85,10 +85,8 @@ def forward_of(setting: Setting, env: Environment, compiled: bool) -> Callable:
 
 @lru_cache
 def _compiled(prompts: int, vocabulary: int, length: int, width: int, depth: int, heads: int) -> Callable:
-    from lab.learners import Transformer
-
-    sizes = dict(prompts=prompts, vocabulary=vocabulary, length=length, width=width, depth=depth, heads=heads)
-    return torch.compile(Transformer(Setting(**sizes)), dynamic=False)
+    setting = Setting(prompts=prompts, vocabulary=vocabulary, length=length, width=width, depth=depth, heads=heads)
+    return torch.compile(Transformer(setting), dynamic=False)
 
 
 def train(setting: Setting, env: Environment, learner: Callable, runs: Runs) -> tuple[np.ndarray, torch.Tensor]:

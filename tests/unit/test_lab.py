@@ -1,4 +1,4 @@
-"""The lab against enumeration, naive loops and other libraries: tree, transformer, draws, labels, values, intervals."""
+"""The lab against enumeration and other libraries: tree, transformer, draws, labels, values, intervals."""
 
 import dataclasses
 import itertools
@@ -9,6 +9,11 @@ import numpy as np
 import pytest
 import torch
 from commands import PROJECT
+from lab import intervals, sampling, train
+from lab.checkpoint import load_checkpoint, save_checkpoint
+from lab.environment import Environment, Setting, exact_values, make_environment
+from lab.learners import Scores, Transformer, structure
+from lab.tree import mixed, next_token_logps, response_logps, responses
 from scipy import stats
 from transformers import GPT2LMHeadModel
 
@@ -16,11 +21,6 @@ from bandit import exact
 from bandit.mixtures import MIXTURES
 from bandit.problem import make_bandit
 from bandit.samplers import get_sampler
-from lab import intervals, sampling, train
-from lab.checkpoint import load_checkpoint, save_checkpoint
-from lab.environment import Environment, Setting, exact_values, make_environment
-from lab.learners import Scores, Transformer, structure
-from lab.tree import mixed, next_token_logps, response_logps, responses
 
 SMALL = Setting(prompts=2, vocabulary=3, length=3, width=8, depth=2, heads=2, updates=20, pairs=8)
 CANDIDATES_2 = [name for name in [*MIXTURES, *sampling.LAB_ONLY] if sampling.lab_sampler(name).row.candidates == 2]
@@ -281,7 +281,7 @@ def test_paired_intervals_are_scipys():
 
 
 def test_holm_keeps_the_family_wise_error():
-    """Under the null at most 5% of 2,000 families reject anything; never more than Bonferroni's correction demands."""
+    """Under the null about 5% of 2,000 families reject anything; never more than Bonferroni demands."""
     rng = np.random.default_rng(2)
     p = rng.random((2000, 6))
     adjusted = np.array([intervals.holm(row) for row in p])
