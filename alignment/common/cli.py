@@ -7,7 +7,7 @@ Usage in a script::
         ...
 
     if __name__ == "__main__":
-        run(main)  # run(each(main)) where several command lines may follow one another
+        run(main)
 """
 
 import argparse
@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 # Nothing the pipeline starts reports home; a user's own setting wins. The libraries read this when they are imported,
 # so every script imports this module before them.
@@ -78,28 +78,22 @@ def run(main: Callable[[], None]) -> None:
         raise SystemExit(130) from None
 
 
-def each(main: Callable[[], None]) -> Callable[[], None]:
-    """A `main` for several command lines in turn, `FLAGS --then FLAGS`: the libraries are imported once for all.
+def command_lines(parser: Parser) -> Iterator[argparse.Namespace]:
+    """Yield the flags of each command line of `FLAGS --then FLAGS ...`: the libraries are imported once for all.
 
-    What is wrong with a later one is found when its turn comes; what the earlier ones wrote stays. What concerns the
-    machine (number and size of engines) should be the same in all.
+    All are parsed before the first one's turn. What else is wrong with a later one is found when its turn comes; what
+    the earlier ones wrote stays. Number and size of engines should be the same in all.
     """
-
-    def mains() -> None:
-        script, *words = sys.argv
-        lines: list[list[str]] = [[]]
-        for word in words:
-            if word == "--then":
-                lines.append([])
-            else:
-                lines[-1].append(word)
-        for number, flags in enumerate(lines, 1):
-            if len(lines) > 1:
-                print(f"[{number} of {len(lines)}]", flush=True)
-            sys.argv = [script, *flags]
-            main()
-
-    return mains
+    lines: list[list[str]] = [[]]
+    for word in sys.argv[1:]:
+        if word == "--then":
+            lines.append([])
+        else:
+            lines[-1].append(word)
+    for number, args in enumerate([parser.parse_args(line) for line in lines], 1):
+        if len(lines) > 1:
+            print(f"[{number} of {len(lines)}]", flush=True)
+        yield args
 
 
 def _say_stopped() -> None:

@@ -1,9 +1,11 @@
-"""Loading models and tokenizers, and the two places where special tokens are put: the same for every stage."""
+"""Loading models and tokenizers, and the places where text becomes ids and back: the same for every stage."""
 
 import ctypes
 import gc
 import hashlib
 import json
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from common.cli import UserError, first_line
@@ -134,6 +136,21 @@ def default_dtype() -> str:
     return "bfloat16" if default_device() == "cuda" else "float32"
 
 
+def stored_dtype(name: str, trust_remote_code: bool = False) -> str:
+    """Return the type in which most of a model's weights are stored: `float32`, `bfloat16`, ..."""
+    if not Path(name).is_dir():
+        return str(load_config(name, "model", trust_remote_code).dtype).removeprefix("torch.")
+    sizes = Counter()
+    for path in Path(name).glob("*.safetensors"):
+        with open(path, "rb") as file:  # the length of its header, then the header: JSON
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        for entry in header.values():
+            if "dtype" in entry:
+                sizes[entry["dtype"]] += entry["data_offsets"][1] - entry["data_offsets"][0]
+    most = max(sizes, key=sizes.get)
+    return {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(most, most)
+
+
 def render_chat(tokenizer, messages: list[dict], where: str, **options) -> str:
     """The messages through the tokenizer's chat template. Raises `UserError` naming `where` if it refuses them."""
     try:
@@ -166,6 +183,26 @@ def encode_response(tokenizer, text: str, ended: bool) -> list[int]:
     ids = list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
     eos = tokenizer.eos_token_id
     return [*ids, eos] if ended and eos is not None else ids
+
+
+def response_text(tokenizer, prompt_ids: Sequence[int], ids: Sequence[int]) -> tuple[str, bool]:
+    """Return the text of a response, and whether half a character at its end was left out.
+
+    The text is decode(prompt + response) without decode(prompt): alone, a SentencePiece tokenizer would drop the
+    space before the first word.
+
+    Args:
+        ids: of the response, without the stop token.
+    """
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    prompt, whole = (tokenizer.decode(list(part), **options) for part in (prompt_ids, [*prompt_ids, *ids]))
+    text = whole[len(prompt) :] if whole.startswith(prompt) else tokenizer.decode(list(ids), **options)
+    # Bytes that are no character (yet) decode to U+FFFD, which a response may also hold as a character of its own.
+    kept = text.rstrip("\ufffd")
+    character = encode_response(tokenizer, "\ufffd", ended=False)
+    if kept == text or list(ids)[-len(character) :] == character:
+        return text, False
+    return kept, True
 
 
 def tokenizer_fingerprint(tokenizer) -> str:

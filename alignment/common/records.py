@@ -27,7 +27,7 @@ PER_RESPONSE = ("responses", "rewards", "pairs", "stop_reasons", "num_tokens")
 def read_json(path: str | Path) -> object:
     """The JSON value in `path`. Raises `UserError` that names the file and, for bad JSON, the line."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except IsADirectoryError:

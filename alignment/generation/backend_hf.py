@@ -1,4 +1,4 @@
-"""Generation with transformers: policy and reference run in step, each with its KV cache.
+"""Generation with transformers: policy and second model run in step, each with its KV cache.
 
 Slower than vLLM and simple enough to be read in a minute: the oracle in the tests, and the way where vLLM is absent.
 """
@@ -9,14 +9,14 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from common.models import default_device, give_memory_back, load_causal_lm
-from generation.interface import Request, Response, Sampling
+from generation.sampling import Request, Response, Sampling
 
 
 class HFGenerator:
     """Samples responses with one or two transformers models.
 
     Args:
-        policy, reference: model folders or names; None for one that no request needs.
+        policy, second: model folders or names; None for one that no request needs.
         dtype: float32 or bfloat16.
         max_num_seqs: how many responses are sampled at a time.
         trust_remote_code: run code that comes with the model.
@@ -25,7 +25,7 @@ class HFGenerator:
     def __init__(
         self,
         policy: str | None,
-        reference: str | None,
+        second: str | None,
         dtype: str,
         max_num_seqs: int = 20,
         trust_remote_code: bool = False,
@@ -33,7 +33,7 @@ class HFGenerator:
         self.device = default_device()
         self.models = [
             name and load_causal_lm(name, what, dtype, trust_remote_code).to(self.device)
-            for name, what in ((policy, "policy"), (reference, "reference"))
+            for name, what in ((policy, "policy"), (second, "second model"))
         ]
         self.batch_size = max_num_seqs
 

@@ -1,4 +1,4 @@
-"""Generation with vLLM: one engine, one continuous batch, for any mix of policy, reference and their mixtures."""
+"""Generation with vLLM: one engine, one continuous batch, for any mix of policy, second model and their mixtures."""
 
 import collections
 import gc
@@ -11,8 +11,8 @@ from vllm_logit_mixture import MixtureError, engine_options
 from vllm_logit_mixture.environment import set_defaults
 
 from common.cli import UserError
-from common.models import default_device, give_memory_back
-from generation.interface import EngineDied, Request, Response, Sampling
+from common.models import default_device, give_memory_back, load_config, load_tokenizer, tokenizer_fingerprint
+from generation.sampling import EngineDied, Request, Response, Sampling
 
 CPU_OPTIONS = {
     # A prompt split over steps draws a token too early, and vLLM winds the request's random stream back, which
@@ -33,9 +33,9 @@ class VLLMGenerator:
     """Samples responses with one vLLM engine.
 
     Args:
-        policy, reference: model folders or names; give None for the one that no request needs, and the engine
+        policy, second: model folders or names; give None for the one that no request needs, and the engine
             holds a single model. With both, it is the logit mixture of the plugin.
-        others: further models; a request has one weight per model: policy, reference, others.
+        others: further models; a request has one weight per model: policy, second, others.
         dtype: float32 or bfloat16.
         max_length: longest prompt + response, in tokens.
         max_num_seqs: how many responses are sampled at a time.
@@ -50,7 +50,7 @@ class VLLMGenerator:
     def __init__(
         self,
         policy: str | None,
-        reference: str | None,
+        second: str | None,
         dtype: str,
         max_length: int,
         max_num_seqs: int = 64,
@@ -61,8 +61,9 @@ class VLLMGenerator:
         others: Sequence[str] = (),
         **options,
     ) -> None:
-        models = [policy, reference, *others]
+        models = [policy, second, *others]
         self.held = [i for i, name in enumerate(models) if name is not None]
+        self.first, self.trust_remote_code = models[self.held[0]], trust_remote_code
         on_gpu = default_device() == "cuda"
         if compile == "cudagraphs" and not on_gpu:
             raise UserError("--compile cudagraphs: needs a GPU")
@@ -76,11 +77,10 @@ class VLLMGenerator:
             tensor_parallel_size=tensor_parallel_size,
             gpu_memory_utilization=gpu_memory_utilization,
             trust_remote_code=trust_remote_code,
-            load_format="safetensors",
             use_tqdm_on_load=False,
             # The pipeline puts end tokens itself (`Sampling`), the same for both back ends.
             generation_config="vllm",
-            **({} if on_gpu else CPU_OPTIONS) | COMPILE[compile] | options,
+            **{"load_format": "safetensors"} | ({} if on_gpu else CPU_OPTIONS) | COMPILE[compile] | options,
         )
         self.window = 4 * max_num_seqs
         _watch_engine(self.llm.llm_engine.engine_core)
@@ -97,6 +97,21 @@ class VLLMGenerator:
             yield from self._generate(requests, sampling)
         except EngineDeadError:
             raise EngineDied("vLLM's engine process died; the same command continues from here") from None
+
+    def reload_weights(self, policy: str) -> None:
+        """Put another model's weights in the place of the first one's; an engine starts once for many models.
+
+        What the engine samples afterwards is what a fresh one would.
+
+        Raises:
+            UserError: the model has another shape, or another tokenizer.
+        """
+        for what, of in (("shape", _shape), ("tokenizer", _fingerprint)):
+            if of(policy, self.trust_remote_code) != of(self.first, self.trust_remote_code):
+                raise UserError(f"{policy}: has another {what} than {self.first}, so it needs an engine of its own")
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": policy})
+        self.llm.reset_prefix_cache()
+        self.first = policy
 
     def close(self) -> None:
         """Ends the engine and gives its memory back."""
@@ -146,6 +161,16 @@ def _options(models: list[str], trust_remote_code: bool) -> dict:
         return engine_options(models, trust_remote_code)
     except MixtureError as error:
         raise UserError(str(error)) from None
+
+
+def _shape(name: str, trust_remote_code: bool) -> dict:
+    """All that a model's configuration says of its weights and of what is done with them."""
+    config = load_config(name, "model", trust_remote_code).to_diff_dict()
+    return {key: value for key, value in config.items() if key not in ("transformers_version", "dtype", "use_cache")}
+
+
+def _fingerprint(name: str, trust_remote_code: bool) -> str:
+    return tokenizer_fingerprint(load_tokenizer(name, "model", trust_remote_code))
 
 
 def _weighed(request: Request) -> tuple[bool, ...]:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from tiny import CHARACTERS, save_tiny_policy, save_tiny_reward_model, tiny_tokenizer
 
 from common.journal import Journal
-from common.models import load_config
+from common.models import load_config, tokenizer_fingerprint
 
 CASES = [
     pytest.param(script, f"{script} {right} {wrong}", parts, id=f"{Path(script).stem}: {name}")
@@ -48,6 +48,7 @@ ROW = {
     "stop_reasons": ["stop", "length"],
 }
 ROW |= {"pairs": [0, 0], "num_tokens": [2, 2]}
+MADE_WITH = {"generate": {"tokenizer": tokenizer_fingerprint(tiny_tokenizer())}}
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
 
 
@@ -95,6 +96,14 @@ def texts() -> dict[str, str | bytes]:
         "blank.json": '[{"prompt": " "}]',
         "half.json": '[{"prompt": "a"}, {"prompt": "\\ud800"}]',
         "chat.jsonl": json.dumps({"messages": [USER, ANSWER, USER]}) + "\n",
+        "answered.jsonl": "".join(json.dumps({"messages": m}) + "\n" for m in ([USER], [USER, ANSWER])),
+        "system.jsonl": json.dumps({"messages": [{"role": "system", "content": "be kind"}]}) + "\n",
+        "torn.parquet": b"PAR1 and no more",
+        "torn.jsonl.gz": b"\x1f\x8b and no more",
+        "bare/README": "",
+        "beyond.json": data({"response_ids": [[4], [999]]}, response_ids=[[4], [5]], settings=MADE_WITH),
+        "text_ids.json": data({"response_ids": [[4], ["5"]]}, response_ids=[[4], [5]]),
+        "few_ids.json": data({"response_ids": [[4]]}, response_ids=[[4], [5]]),
         "role.jsonl": json.dumps({"messages": [{**USER, "role": 3}]}) + "\n",
         "foreign.json": '{"instances": []}',
         "odd.json": data(settings=[1]),
@@ -137,6 +146,7 @@ def make_models(folder: Path) -> None:
     """Good models, and some that are wrong in one thing each."""
     save_tiny_policy(folder / "policy", 0)
     save_tiny_policy(folder / "reference", 1, hidden=64, layers=1)
+    save_tiny_policy(folder / "short", 1, context=32)
     save_tiny_reward_model(folder / "reward", 2)
     save_tiny_reward_model(folder / "two_labels", 2, labels=2)
     save_tiny_policy(folder / "other", 2, tokenizer=tiny_tokenizer(characters=CHARACTERS[::-1]))

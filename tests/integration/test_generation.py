@@ -10,7 +10,7 @@ from vllm_logit_mixture import processor
 
 from common.models import load_causal_lm, load_tokenizer
 from generation.backend_hf import HFGenerator, sample
-from generation.interface import Request, Sampling
+from generation.sampling import Request, Sampling
 
 WEIGHTS = [(1.0, 0.0), (0.0, 1.0), (1.5, -0.5), (0.5, 0.5)]
 WORDS = [

@@ -15,7 +15,7 @@ from test_training import flags, losses, make_instances, models, train, weights,
 from tiny import save_tiny_policy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from generation.interface import Request, Sampling
+from generation.sampling import Request, Sampling
 
 ALIGNMENT = Path(__file__).resolve().parents[2] / "alignment"
 SCRIPT = ALIGNMENT / "dpo_iteration" / "run_dpo.py"

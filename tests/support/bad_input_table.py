@@ -6,7 +6,7 @@ which the scripts are run.
 
 GENERATE = {
     "prompts missing": ("--dataset_name_or_path none.json", ["none.json: no such file"]),
-    "prompts missing, jsonl": ("--dataset_name_or_path none.jsonl", ["none.jsonl: No such file"]),
+    "prompts missing, jsonl": ("--dataset_name_or_path none.jsonl", ["none.jsonl: no such file"]),
     "prompts empty": ("--dataset_name_or_path empty.json", ["empty.json: line 1: not JSON"]),
     "no prompts": ("--dataset_name_or_path no_rows.json", ["no_rows.json: no prompts"]),
     "prompts not JSON": ("--dataset_name_or_path torn.jsonl", ["torn.jsonl: line 2: not JSON"]),
@@ -37,7 +37,7 @@ GENERATE = {
         "--dataset_name_or_path chat.jsonl --template chat --model_name_or_path strict --sampler online",
         ["chat.jsonl: line 1: the chat template refuses it", "user turns only"],
     ),
-    "not a saved data set": ("--dataset_name_or_path policy", ["policy: not a folder saved by datasets"]),
+    "not a saved data set": ("--dataset_name_or_path bare", ["bare:"]),
     "split that is not there": (
         "--dataset_name_or_path saved --dataset_split test",
         ["saved: no split 'test'; it has train"],
@@ -82,7 +82,21 @@ GENERATE = {
         "--model_name_or_path ./with_code",
         ["./with_code: brings Python code, which runs only with --trust_remote_code"],
     ),
-    "too long for the model": ("--max_input_length 250", ["250", "the 256 tokens that the policy"]),
+    "too long for the model": ("--max_new_tokens 256", ["--max_new_tokens 256", "256 tokens of policy policy"]),
+    "no room in the second model": (
+        "--sampler mixp --ref_model_name_or_path short --max_new_tokens 32",
+        ["--max_new_tokens 32", "32 tokens of reference short"],
+    ),
+    "chat ends with the assistant": (
+        "--dataset_name_or_path answered.jsonl --template chat",
+        ["answered.jsonl: line 2", "--continue_final_message"],
+    ),
+    "chat of a system turn": ("--dataset_name_or_path system.jsonl --template chat", ["system.jsonl: line 1"]),
+    "template variables not JSON": ("--chat_template_kwargs {x", ["--chat_template_kwargs '{x'"]),
+    "too cold for vLLM": ("--temperature 0.001 --backend vllm", ["--temperature 0.001", "--backend hf"]),
+    "too warm for vLLM": ("--temperature 3 --backend vllm", ["--temperature 3", "--backend hf"]),
+    "torn Parquet": ("--dataset_name_or_path torn.parquet", ["torn.parquet"]),
+    "torn gzip": ("--dataset_name_or_path torn.jsonl.gz", ["torn.jsonl.gz"]),
     "odd K": ("--sampler mixp --K 3", ["--K 3: must be even"]),
     "K is text": ("--K two", ["--K", "'two' is not a whole number above 0"]),
     "K is 0": ("--K 0", ["--K", "'0' is not a whole number above 0"]),
@@ -95,7 +109,7 @@ GENERATE = {
     "pairs not JSON": ("--pairs [[", ["--pairs '[[': not of the form"]),
     "pairs sum to 2": ("--pairs [[2,[1,0],[1,0]]]", ["must be above 0 and sum to 1"]),
     "pairs hold NaN": ("--pairs [[1,[NaN,0],[1,0]]]", ["of finite numbers"]),
-    "family out of range": ("--family 1 1 2", ["--family 1.0 1.0 2.0"]),
+    "family out of range": ("--sampler mix_1_1_2", ["mix_1_1_2"]),
     "unknown template": ("--template mine", ["--template", "'mine'"]),
     "unknown flag": ("--what 1", ["unrecognized arguments: --what 1"]),
     "unknown back end": ("--backend tgi", ["--backend", "'tgi'"]),
@@ -272,6 +286,8 @@ REWARD = {
 
 KL = {
     "temperature 0": ("--temperature 0", ["--temperature", "the KL of greedy decoding is not finite"]),
+    "too cold for vLLM": ("--temperature 0.001 --backend vllm", ["--temperature 0.001", "--backend hf"]),
+    "no room in the reference": ("--ref_model_name_or_path short --max_new_tokens 32", ["reference short"]),
     "two sources": ("--responses data.json", ["not allowed with argument"]),
     "different vocabularies": ("--ref_model_name_or_path other", ["different vocabularies"]),
     "reference missing": ("--ref_model_name_or_path ./absent", ["reference ./absent: no such folder"]),
@@ -294,6 +310,9 @@ KL_OF_RESPONSES = {
     "of another policy": ("--responses made.json", ["made.json: sampled from x, not from the policy policy"]),
     "at another temperature": ("--responses warm.json", ["warm.json: sampled at temperature 9, not 0.7"]),
     "of a mixture": ("--responses mixture.json", ["mixture.json: its sampler is not the policy alone"]),
+    "ids of no token": ("--responses beyond.json", ["beyond.json: row 1: 'response_ids'"]),
+    "ids that are text": ("--responses text_ids.json", ["text_ids.json: row 1: 'response_ids'"]),
+    "ids of one response only": ("--responses few_ids.json", ["few_ids.json: row 1: 'response_ids'"]),
     "of a damaged sampler": ("--responses bad_sampler.json", ["not of the form"]),
 }
 

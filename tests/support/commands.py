@@ -20,6 +20,11 @@ def bash(script: str, *arguments: object, **environment: str) -> subprocess.Comp
     return run(["bash", str(PROJECT / script), *map(str, arguments)], **environment)
 
 
+def settings(**values: object) -> list[str]:
+    """Return the settings as arguments of a driver, NAME=value."""
+    return [f"{name}={value}" for name, value in values.items()]
+
+
 def run(command: list[str], **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         command,

@@ -11,14 +11,14 @@ from bandit.mixtures import MIXTURES, family
 from bandit.problem import make_bandit
 from bandit.samplers import get_sampler, has_law
 from common.cli import UserError
-from generation.interface import stream_seed
-from generation.samplers import (
+from generation.sampling import (
     as_settings,
     assign_rows,
     check_count,
     models_needed,
     pairs_from_json,
     sampler_by_name,
+    stream_seed,
 )
 
 # Written out from the paper's section 5 and from the sources that the rows name; not from the code.

@@ -83,3 +83,10 @@ def _load(kind, name: str, trust_remote_code: bool):
     except Exception as error:  # the loaders raise many kinds, whatever a file of the model is wrong in
         line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise MixtureError(f"{name}: cannot be loaded ({line})") from None
+
+
+def room(models: list[str], trust_remote_code: bool = False) -> int | None:
+    """Return how many tokens all models can read, or None where none of them says."""
+    texts = [_config(name, trust_remote_code).get_text_config() for name in models]
+    limits = [getattr(text, "max_position_embeddings", None) for text in texts]
+    return min((limit for limit in limits if limit is not None), default=None)

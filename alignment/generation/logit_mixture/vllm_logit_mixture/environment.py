@@ -26,7 +26,7 @@ def defaults(on_gpu: bool, tensor_parallel_size: int = 1, server: bool = False) 
         found["VLLM_LOGGING_LEVEL"] = "ERROR"
     if not on_gpu:
         found |= {
-            "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+            "VLLM_CPU_KVCACHE_SPACE": "4" if server else "1",  # GiB
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # its own binding leaves cores idle
             "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // tensor_parallel_size)),
         }

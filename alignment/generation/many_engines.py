@@ -1,4 +1,4 @@
-"""The generation back ends by name, in this process or as several engines."""
+"""Several engines, each an actor of Ray, that together look like one back end."""
 
 import argparse
 import collections
@@ -9,50 +9,14 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 
 from common import scale_out
-from generation.interface import EngineDied, Request, Response, Sampling
-
-
-def make_generator(args: argparse.Namespace, policy: str | None, reference: str | None):
-    """The generator of the command line: one in this process, or with `--num_engines` several that look like one."""
-    if args.num_engines == 1:
-        return load_generator(args, policy, reference)
-    return ManyEngines(args, policy, reference)
-
-
-def load_generator(args: argparse.Namespace, policy: str | None, reference: str | None):
-    """The back end of the command line with its models loaded.
-
-    Args:
-        args: flags of the script.
-        policy, reference: model folders or names; None for one that no request needs.
-    """
-    shared = {
-        "dtype": args.dtype,
-        "max_num_seqs": args.max_num_seqs,
-        "trust_remote_code": args.trust_remote_code,
-    }
-    if args.backend == "hf":
-        from generation.backend_hf import HFGenerator
-
-        return HFGenerator(policy, reference, **shared)
-    from generation.backend_vllm import VLLMGenerator
-
-    return VLLMGenerator(
-        policy,
-        reference,
-        max_length=args.max_input_length + args.max_new_tokens,
-        tensor_parallel_size=args.tensor_parallel_size,
-        gpu_memory_utilization=args.gpu_memory_utilization,
-        compile=args.compile,
-        **shared,
-    )
+from generation.sampling import EngineDied, Request, Response, Sampling, load_generator
 
 
 class ManyEngines:
-    """Several engines that together look like one."""
+    """Several engines that together look like one; arguments as for `load_generator`."""
 
-    def __init__(self, args: argparse.Namespace, policy: str | None, reference: str | None) -> None:
-        self.making = args, policy, reference
+    def __init__(self, args: argparse.Namespace, policy: str | None, second: str | None, longest: int) -> None:
+        self.making = args, policy, second, longest
         if args.backend == "vllm":
             # Eight calls at a time fill the continuous batch and its queue: as one call ends, the next one begins.
             gpus, self.calls, self.largest = args.tensor_parallel_size, 8, max(1, args.max_num_seqs // 2)
@@ -70,16 +34,16 @@ class ManyEngines:
             yield from responses
 
     def close(self) -> None:
-        """Nothing: the actors are gone with the work."""
+        """Do nothing: the actors are gone with the work."""
 
 
 class Engine:
     """A back end in an actor of its own. What several threads ask for at a time runs in one batch."""
 
     def __init__(
-        self, args: argparse.Namespace, policy: str | None, reference: str | None, sampling: Sampling
+        self, args: argparse.Namespace, policy: str | None, second: str | None, longest: int, sampling: Sampling
     ) -> None:
-        self.generator = load_generator(args, policy, reference)
+        self.generator = load_generator(args, policy, second, longest)
         self.sampling = sampling
         self.calls: queue.SimpleQueue[list[Request]] = queue.SimpleQueue()
         self.promised: dict[str, Future] = {}
