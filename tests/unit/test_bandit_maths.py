@@ -84,6 +84,9 @@ def pair_distribution(name, rewards, log_ref, theta):
         "pilaf": lambda: (lm(on, on) + lm((1 + BETA, -BETA), (1 - BETA, BETA))) / 2,
         "simplemix": lambda: (lm(on, on) + lm(off, off)) / 2,
         "xpo": lambda: lm(on, off),
+        "theory": lambda: lm((BETA, 1 - BETA), (-BETA, 1 + BETA)),
+        "theory-mix": lambda: (lm(off, off) + lm((BETA, 1 - BETA), (-BETA, 1 + BETA))) / 2,
+        "nash-md": lambda: lm(on, (0.875, 0.125)),
         "history": lambda: lm(on, off),  # in the first update: before it the policy is the reference
         "best-worst": lambda: best_worst(r),
         "implicit-best-worst": lambda: best_worst(ratio),
