@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.adapters import whole_model
 from common.cli import UserError, first_line
 
 
@@ -48,6 +49,7 @@ def load_config(name: str, what: str, trust_remote_code: bool = False):
     """The model's configuration. Raises `UserError` where it cannot be had."""
     from transformers import AutoConfig
 
+    name = whole_model(name, what, trust_remote_code)
     check_model(name, what)
     return _load(AutoConfig, name, what, trust_remote_code=trust_remote_code)
 
@@ -56,6 +58,7 @@ def load_tokenizer(name: str, what: str, trust_remote_code: bool = False):
     """The model's tokenizer, with left padding and a pad token (EOS where it has none of its own)."""
     from transformers import AutoTokenizer
 
+    name = whole_model(name, what, trust_remote_code)
     check_model(name, what)
     tokenizer = _load(AutoTokenizer, name, what, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token_id is None:
@@ -69,6 +72,7 @@ def load_causal_lm(name: str, what: str, dtype: str, trust_remote_code: bool = F
     import torch
     from transformers import AutoModelForCausalLM
 
+    name = whole_model(name, what, trust_remote_code)
     check_model(name, what)
     options = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code, **options}
     return _load_whole(AutoModelForCausalLM, name, what, **options).eval()
@@ -110,6 +114,14 @@ def _load(kind, name: str, what: str, **options):
         if "trust_remote_code" in str(error):
             raise UserError(f"{what} {name}: brings Python code, which runs only with --trust_remote_code") from None
         raise UserError(f"{what} {name}: cannot be loaded ({first_line(error)})") from None
+
+
+def make_savable(model) -> None:
+    """Repair a published generation config that is refused on saving (temperature set, sampling off)."""
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:
+        model.generation_config.do_sample = True
 
 
 def give_memory_back() -> None:
@@ -228,7 +240,7 @@ def stop_token_ids(tokenizer, model_name: str) -> list[int]:
 
     ids = {tokenizer.eos_token_id}
     try:
-        listed = GenerationConfig.from_pretrained(model_name).eos_token_id
+        listed = GenerationConfig.from_pretrained(whole_model(model_name, "policy")).eos_token_id
     except OSError:  # a model without a generation_config.json stops at EOS alone
         listed = None
     ids |= set(listed if isinstance(listed, list) else [listed])

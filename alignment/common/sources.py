@@ -4,6 +4,7 @@ JSON and JSONL are read here, so that an error names the file and the line. `dat
 the other: Parquet, Arrow, CSV, compressed JSONL, folders that it saved, folders of such files, and the hub's names.
 """
 
+import glob
 import hashlib
 import json
 from collections.abc import Iterator
@@ -151,7 +152,12 @@ def _table_rows(source: str):
     options = {"sep": "\t"} if ".tsv" in path.suffixes else {}
     # Streamed: the reader's cache would know a file by its name and time only.
     return _load(
-        f"{source}: cannot be read", _reader(path), data_files=source, split="train", streaming=True, **options
+        f"{source}: cannot be read",
+        _reader(path),
+        data_files=glob.escape(source),
+        split="train",
+        streaming=True,
+        **options,
     )
 
 

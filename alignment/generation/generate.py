@@ -109,12 +109,15 @@ def check_models(args: argparse.Namespace, policy: str | None, second: str | Non
         them see the same prompts.
     """
     trust, models = args.trust_remote_code, {}
-    for name, what in ((policy, "policy"), (second, second_is)):
-        if name is not None:
-            models[f"{what} {name}"] = load_config(name, what, trust), load_tokenizer(name, what, trust)
     tokenizer = load_tokenizer(args.model_name_or_path, "policy", trust)
-    for _, other in models.values():
-        check_same_vocabulary(tokenizer, other)
+    if policy is not None:
+        models[f"policy {policy}"] = load_config(policy, "policy", trust), tokenizer
+    if second is not None:
+        models[f"{second_is} {second}"] = (
+            load_config(second, second_is, trust),
+            load_tokenizer(second, second_is, trust),
+        )
+        check_same_vocabulary(tokenizer, models[f"{second_is} {second}"][1])
     widths = sorted({config.get_text_config().vocab_size for config, _ in models.values()})
     if len(widths) > 1:
         raise UserError(f"policy and {second_is} give logits for {' and '.join(map(str, widths))} ids")

@@ -239,7 +239,8 @@ def _whose_turn(where: str, messages: list[dict], continues: bool) -> dict:
 
 def control_text(prompts: list[Prompt], tokenizer) -> list[tuple[str, str]]:
     """Return (where, token) of the prompts whose own text, not their template, spells a control token."""
-    tokens = [token for token in tokenizer.all_special_tokens if token.strip()]
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    tokens = [token for token in dict.fromkeys([*tokenizer.all_special_tokens, *added]) if token.strip()]
     found = []
     for prompt in prompts:
         parts = [prompt.raw] if isinstance(prompt.raw, str) else [message["content"] for message in prompt.raw]

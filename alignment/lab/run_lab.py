@@ -26,7 +26,7 @@ from lab.train import OPTIMIZERS, run_all
 
 from bandit.mixtures import MIXTURES
 from common.cli import Parser, UserError, run
-from dpo_iteration.dpo import LOSSES
+from dpo_iteration.losses import LOSSES
 
 LEARNERS = ("table", "linear", "transformer")
 # Grids of factor 2 that hold the best lr of every sampler of the study; wide where runs cost little.

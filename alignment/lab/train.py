@@ -17,7 +17,7 @@ from lab.environment import Environment, Setting, exact_values
 from lab.learners import Transformer, make_learner
 from lab.sampling import ALPHA, LabSampler, Weights, choose_two, draw_responses, first_wins, lab_sampler
 
-from dpo_iteration.dpo import LOSSES
+from dpo_iteration.losses import LOSSES
 from generation.sampling import stream_seed
 
 # Runs per tensor program; a fixed number, so that a compiled learner is compiled once.

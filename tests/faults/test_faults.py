@@ -18,8 +18,8 @@ import torch
 from commands import ALIGNMENT, bash, python, settings
 from driver_runs import EVALUATE, KL, SLOW, TRAIN, inputs, journal_rows, start, wait_until
 from safetensors.torch import load_file, save_file
-from test_training import losses
 from tiny import save_tiny_policy, save_tiny_reward_model
+from training_runs import losses
 
 from common.journal import journal_path
 from common.records import read_records

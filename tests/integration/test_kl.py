@@ -13,6 +13,7 @@ from tiny import save_tiny_policy, tiny_config, tiny_tokenizer
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from common.cli import UserError, run
+from common.journal import Journal
 from common.models import load_tokenizer, tokenizer_fingerprint
 from evaluation import get_kl
 from evaluation.kl import (
@@ -167,6 +168,31 @@ def test_responses_longer_than_the_models_read_are_left_out_and_counted(tmp_path
     call(monkeypatch, flags(pair, tmp_path / "kl.json", responses=data))  # 256 positions: BOS + 253 + 2
     assert json.loads((tmp_path / "kl.json").read_text())["num_prompts"] == 3
     assert "2 prompts left out" in capsys.readouterr().out
+
+
+def test_other_prompts_than_those_of_the_result_are_refused(tmp_path, monkeypatch, capsys, pair):
+    """A chat template that writes the date: the same command another day, after its end and in its middle."""
+    folder = tmp_path / "policy"
+    shutil.copytree(pair[0], folder)
+    template = folder / "chat_template.jinja"
+    data = prompts_file(tmp_path / "prompts.jsonl", ["ab", "ba"])
+    words = flags((folder, pair[1]), tmp_path / "kl.json", dataset_name_or_path=data, template="chat")
+    template.write_text("{{ day or 'a' }} {{ messages[0]['content'] }}")
+    call(monkeypatch, words)
+    done = (tmp_path / "kl.json").read_bytes()
+    template.write_text("{{ day or 'b' }} {{ messages[0]['content'] }}")
+    for left_behind in ("kl.json", "kl.json.journal"):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as refused:
+            call(monkeypatch, words)
+        error = capsys.readouterr().err
+        assert refused.value.code == 2 and left_behind in error and f"{data}: line 1" in error
+        call(monkeypatch, [*words, "--chat_template_kwargs", '{"day": "a"}'])
+        assert json.loads((tmp_path / "kl.json").read_text())["prompts"] == json.loads(done)["prompts"]
+        (tmp_path / "kl.json").unlink()
+        begun = Journal(tmp_path / "kl.json", json.loads(done)["settings"]["kl"])
+        begun.add("0.0", {"ids": [5], "ended": False, "prompt": json.loads(done)["prompts"][0]})
+        begun.close(done=False)
 
 
 def test_scoring_is_in_float32_unless_asked_otherwise(tmp_path, monkeypatch, pair):

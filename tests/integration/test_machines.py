@@ -19,7 +19,7 @@ import pytest
 from commands import PROJECT, bash, settings
 from driver_runs import TRAIN, inputs, save_inputs
 from plans import flag, plan
-from test_training import losses
+from training_runs import losses
 
 from common.records import read_records
 

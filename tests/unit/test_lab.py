@@ -14,13 +14,10 @@ from lab.checkpoint import load_checkpoint, save_checkpoint
 from lab.environment import Environment, Setting, exact_values, make_environment
 from lab.learners import Scores, Transformer, structure
 from lab.tree import mixed, next_token_logps, response_logps, responses
-from scipy import stats
+from scipy import special, stats
 from transformers import GPT2LMHeadModel
 
-from bandit import exact
 from bandit.mixtures import MIXTURES
-from bandit.problem import make_bandit
-from bandit.samplers import get_sampler
 
 SMALL = Setting(prompts=2, vocabulary=3, length=3, width=8, depth=2, heads=2, updates=20, pairs=8)
 CANDIDATES_2 = [name for name in [*MIXTURES, *sampling.LAB_ONLY] if sampling.lab_sampler(name).row.candidates == 2]
@@ -214,34 +211,25 @@ def test_a_run_does_not_depend_on_the_others_of_its_chunk(env, learner):
         np.testing.assert_allclose(together[:, run], alone[:, 0], rtol=1e-3, atol=1e-4)
 
 
-def test_the_expected_update_of_the_table_is_the_bandits(env):
-    """SGD on one logit per response, averaged over the exact law of pairs and labels: bandit/exact.py's increment."""
-    setting, beta, lr = dataclasses.replace(SMALL, learner="table", prompts=1), 0.3, 0.7
+def test_the_expected_update_of_the_table_is_the_theorys(env):
+    """Table with SGD, averaged over the exact law: lr beta sum_y' (w + w^T)(y, y') (P*(y > y') - sigma(beta h))."""
+    setting, beta = dataclasses.replace(SMALL, learner="table", prompts=1), SMALL.beta
     one = Environment(env.rewards[:1, :1], env.reference[:1], env.ref_nodes[:1, :1], env.ref_logps[:1, :1])
-    learner = Scores(setting, one.ref_logps)
-    theta = torch.randn(1, 27, generator=torch.Generator().manual_seed(2))
-    logps, nodes = learner(theta.requires_grad_(), torch.tensor([0]))
+    theta = torch.randn(1, 27, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    logps, nodes = Scores(setting, one.ref_logps)(theta, torch.tensor([0]))
     law = sampling.pair_law(MIXTURES["gshf"], beta, nodes, one.ref_nodes, 3)[0, 0]
     runs = train.Runs([sampling.lab_sampler("gshf")], torch.ones(1), torch.tensor([0]))
-    index = torch.cartesian_prod(torch.arange(27), torch.arange(27))
-    margins = (one.rewards[0, 0][index[:, 0]] - one.rewards[0, 0][index[:, 1]]).float()
-    total = 0
-    for first, second, wins in ((0, 1, margins.sigmoid()), (1, 0, (-margins).sigmoid())):
-        for shares, pairs in zip((law.flatten() * wins).split(27), index.split(27), strict=True):
-            for share, pair in zip(shares, pairs, strict=True):
-                batch = train.Pairs(torch.zeros(1, dtype=torch.long), *(pair[[i]][None] for i in (first, second, 1)))
-                total = total + share * train.loss_of(setting, one, runs, logps, batch)
+    r, total = one.rewards[0, 0].float(), 0
+    for first, second in itertools.product(range(27), repeat=2):
+        for chosen, rejected in ((first, second), (second, first)):
+            share = law[first, second] * (r[chosen] - r[rejected]).sigmoid()
+            pair = (torch.tensor([[y]]) for y in (chosen, rejected, second))
+            total = total + share * train.loss_of(setting, one, runs, logps, train.Pairs(torch.tensor([0]), *pair))
     (gradient,) = torch.autograd.grad(total, theta)
-    bandit = make_bandit(one.rewards[0, 0].numpy(), beta, one.ref_logps[0, 0].numpy())
-    u = beta * (logps.detach().double() - one.ref_logps)[0].numpy()
-    weights, _ = get_sampler("gshf").weights(u, bandit)
-    increment = np.empty_like(u)
-    exact.make_increment(bandit, get_sampler("gshf"), lr)(u, increment)
-    # The bandit's law is of whole responses: a product of sums over tokens only for weights (0, 1) and (1, 0).
-    ours = -beta * lr * gradient[0].double().numpy()
-    cosine = ours @ increment[0] / np.linalg.norm(ours) / np.linalg.norm(increment[0])
-    assert cosine == pytest.approx(1, abs=1e-5)
-    np.testing.assert_allclose(law.numpy() + law.numpy().T, 2 * weights[0] / weights[0].sum(), atol=1e-6)
+    u = beta * (logps.detach().double() - one.ref_logps)[0, 0].numpy()
+    gaps, margins, w = u[:, None] - u, (r[:, None] - r).numpy(), law.double().numpy()
+    expected = beta * ((w + w.T) * (special.expit(margins) - special.expit(gaps))).sum(axis=1)
+    np.testing.assert_allclose(-gradient[0].numpy(), expected, atol=1e-6)
 
 
 def test_each_epoch_passes_over_every_pair_once():

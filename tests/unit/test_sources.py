@@ -80,6 +80,13 @@ def test_torn_files_are_named(tmp_path, form):
     assert str(path) in str(error.value) and len(str(error.value).splitlines()) == 1
 
 
+def test_a_name_with_wildcards_is_one_file(tmp_path):
+    path = tmp_path / "rows[1]*.parquet"
+    Dataset.from_list(ROWS).to_parquet(path)
+    Dataset.from_list(ROWS).to_parquet(tmp_path / "rows1.parquet")
+    assert [row for _, row in read_rows(str(path), "train")] == ROWS
+
+
 @pytest.mark.parametrize("name", ["absent.json", "absent.jsonl", "absent.parquet", "absent.jsonl.gz"])
 def test_a_file_that_is_not_there_is_not_looked_for_on_a_hub(name):
     for look in (lambda: list(read_rows(name, "train")), lambda: content_of(name, "train")):
