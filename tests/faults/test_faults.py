@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from commands import ALIGNMENT, bash, python, settings
+from commands import ALIGNMENT, bash, ends_in_one_line, python, settings
 from driver_runs import EVALUATE, KL, SLOW, TRAIN, inputs, journal_rows, start, wait_until
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny_policy, save_tiny_reward_model
@@ -86,16 +86,6 @@ def kl(place: Path, output: Path, *more):
     return python(
         "evaluation/get_kl.py", *MODELS.format(place).split(), *words.split(), "--output_file", output, *more
     )
-
-
-def ends_in_one_line(result: subprocess.CompletedProcess, *parts: object) -> None:
-    """Exit code 2 and an error of one line that holds `parts`; before it only progress bars."""
-    assert result.returncode == 2, result.stdout + result.stderr
-    lines = [line for line in result.stderr.replace("\r", "\n").splitlines() if line.strip()]
-    errors = [line for line in lines if "it/s]" not in line and "response/s" not in line and "%|" not in line]
-    assert len(errors) == 1, result.stderr
-    for part in parts:
-        assert str(part) in errors[0]
 
 
 @pytest.fixture
