@@ -40,13 +40,13 @@ class HFGenerator:
         self.batch_size = max_num_seqs
 
     def generate(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Response]:
-        """Yields the responses of one batch after the other."""
+        """Yield the responses of one batch after the other."""
         waiting = iter(requests)
         while batch := list(itertools.islice(waiting, self.batch_size)):
             yield from self._generate_batch(batch, sampling)
 
     def close(self) -> None:
-        """Gives the models' memory back."""
+        """Give the models' memory back."""
         self.models = None
         give_memory_back()
 
@@ -76,7 +76,7 @@ class HFGenerator:
     def _mixed_logits(
         self, ids: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor, caches: list
     ) -> torch.Tensor:
-        """Weighted sum of the models' logits for the next token, float32 [batch, vocabulary]; updates `caches`."""
+        """Return the models' weighted logits of the next token, float32 [batch, vocabulary]; updates `caches`."""
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         total = 0
         for side, model in enumerate(self.models):
@@ -96,7 +96,7 @@ class HFGenerator:
 
 
 def left_pad(sequences: list[list[int]], device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, both [batch, longest]; the pad id is 0, which the mask hides."""
+    """Return token ids and attention mask, both [batch, longest]; the pad id is 0, which the mask hides."""
     longest = max(map(len, sequences))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in sequences], device=device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in sequences], device=device)
@@ -104,7 +104,7 @@ def left_pad(sequences: list[list[int]], device: str) -> tuple[torch.Tensor, tor
 
 
 def sample(logits: torch.Tensor, temperature: float, generators: list[torch.Generator]) -> torch.Tensor:
-    """One token a row from softmax(logits / temperature), each row with its own generator; argmax at temperature 0.
+    """Draw one token per row from softmax(logits / temperature), each with its own generator; argmax at 0.
 
     Dividing the probabilities by exponential noise and taking the largest is a draw from them (Gumbel-max).
     """
