@@ -1,14 +1,21 @@
 #!/usr/bin/env bash
-# Set-up, lint and the whole test suite on a machine without a GPU.
-#   bash run_tests.sh                     everything
-#   bash run_tests.sh tests/test_x.py -k word   arguments go to pytest (and lint is left out)
+# Lint and tests on a machine without a GPU; makes the environment first.
+#   bash run_tests.sh --fast      lint and tests/unit: no engine, no training; under 3 minutes
+#   bash run_tests.sh             lint and everything: about 45 minutes on 2 cores
+#   bash run_tests.sh tests/unit/test_pairs.py -k word      arguments go to pytest, and lint is left out
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 bash setup.sh cpu
 export PATH=$PWD/.venv/bin:$PATH
-if (($# == 0)); then
+
+lint() {
     ruff check .
     ruff format --check .
     git ls-files -z '*.sh' .ci/run | xargs -0 shellcheck --external-sources --severity=style
-fi
-python -m pytest "$@"
+}
+
+case ${1:-} in
+    "") lint && python -m pytest ;;
+    --fast) lint && python -m pytest tests/unit ;;
+    *) python -m pytest "$@" ;;
+esac

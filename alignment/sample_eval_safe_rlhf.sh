@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Evaluates what sample_train_safe_rlhf.sh trained: rewards, win rates, table, figures, report.
-# Every constant of alignment/recipes/safe_rlhf.sh can be set in the environment, for example:
-#   SAMPLERS="online mixp" ITERS=2 RUN_DIR=/data/run bash sample_eval_safe_rlhf.sh
-#   DRY_RUN=1 bash sample_eval_safe_rlhf.sh          prints the commands
+# Evaluates what sample_train_safe_rlhf.sh trained: rewards, a judge's scores, win rates, table, figures, report.
+#   bash sample_eval_safe_rlhf.sh SAMPLERS="online mixp" ITERS=2 RUN_DIR=/data/run     (--help, DRY_RUN=1)
 # shellcheck source-path=SCRIPTDIR
-set -euo pipefail
-RECIPE=${RECIPE:-safe_rlhf}
-source "$(dirname "${BASH_SOURCE[0]}")/scripts/evaluate.sh"
+source "$(dirname "$0")/scripts/common.sh" RECIPE=safe_rlhf "$@"
+
+stage evaluate              # every model answers the test prompts and the train prompts
+stage annotate_evaluation   # rewards of these responses
+stage judge                 # and the scores of JUDGE_MODEL, where there is one
+stage summarize

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Measures how far each trained model is from the base model (KL); RECIPE=iterative_prompt for that experiment.
-# Every constant of alignment/recipes/safe_rlhf.sh can be set in the environment, for example:
-#   SAMPLERS="online mixp" ITERS=2 RUN_DIR=/data/run bash sample_kl.sh
-#   DRY_RUN=1 bash sample_kl.sh          prints the commands
+# Measures how far each trained model is from the base model (KL), on held-out prompts.
+#   bash sample_kl.sh RECIPE=iterative_prompt RUN_DIR=/data/run     (--help, DRY_RUN=1)
 # shellcheck source-path=SCRIPTDIR
-set -euo pipefail
-RECIPE=${RECIPE:-safe_rlhf}
-source "$(dirname "${BASH_SOURCE[0]}")/scripts/kl.sh"
+source "$(dirname "$0")/scripts/common.sh" RECIPE=safe_rlhf "$@"
+
+stage kl_responses    # with SCORE_KL=True: what the KL is measured on, so that
+stage annotate_kl     # reward, KL and value are of one and the same policy
+stage kl
+stage summarize

@@ -1,9 +1,3 @@
 #!/usr/bin/env bash
-# Trains: three iterations of online DPO for each sampler, the paper's Iterative-Prompt experiment.
-# Every constant of alignment/recipes/iterative_prompt.sh can be set in the environment, for example:
-#   SAMPLERS="online mixp" ITERS=2 RUN_DIR=/data/run bash sample_train_iterative_prompt.sh
-#   DRY_RUN=1 bash sample_train_iterative_prompt.sh          prints the commands
-# shellcheck source-path=SCRIPTDIR
-set -euo pipefail
-RECIPE=${RECIPE:-iterative_prompt}
-source "$(dirname "${BASH_SOURCE[0]}")/scripts/train.sh"
+# Trains: the paper's Iterative-Prompt experiment: the loop of sample_train_safe_rlhf.sh with another recipe.
+exec bash "$(dirname "$0")/sample_train_safe_rlhf.sh" RECIPE=iterative_prompt "$@"

@@ -1,9 +1,21 @@
 #!/usr/bin/env bash
-# Trains: three iterations of online DPO for each sampler, the paper's Safe-RLHF experiment.
-# Every constant of alignment/recipes/safe_rlhf.sh can be set in the environment, for example:
-#   SAMPLERS="online mixp" ITERS=2 RUN_DIR=/data/run bash sample_train_safe_rlhf.sh
-#   DRY_RUN=1 bash sample_train_safe_rlhf.sh          prints the commands
-# shellcheck source-path=SCRIPTDIR
-set -euo pipefail
-RECIPE=${RECIPE:-safe_rlhf}
-source "$(dirname "${BASH_SOURCE[0]}")/scripts/train.sh"
+# Trains: iterations of online DPO for each sampler; the paper's Safe-RLHF experiment, unless RECIPE says another.
+#   bash sample_train_safe_rlhf.sh SAMPLERS="online mixp" ITERS=2 RUN_DIR=/data/run
+#   bash sample_train_safe_rlhf.sh DRY_RUN=1     prints the commands
+#   bash sample_train_safe_rlhf.sh --help        lists every setting
+# Stopped at any point, the same command continues.
+# shellcheck source-path=SCRIPTDIR disable=SC2086  # $SAMPLERS is a list of checked names
+source "$(dirname "$0")/scripts/common.sh" RECIPE=safe_rlhf "$@"
+
+# Iteration 1 is on-policy from the base model, and shared by all samplers.
+stage generate 1 online
+stage annotate 1 online
+stage train 1 online
+
+# From there each sampler goes on alone: responses of its model, their rewards, its next model.
+for ((n = 2; n <= ITERS; n++)); do
+    stage generate "$n" $SAMPLERS
+    stage annotate "$n" $SAMPLERS
+    for sampler in $SAMPLERS; do stage train "$n" "$sampler"; done
+done
+echo "trained: $RUN_DIR/models"

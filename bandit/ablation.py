@@ -16,6 +16,7 @@ from multiprocessing import Pool
 import numpy as np
 
 from bandit import tuned
+from bandit.exact import value_gap
 from bandit.problem import Bandit, draw_rewards, logsumexp, make_bandit
 from bandit.samplers import get_sampler
 
@@ -122,7 +123,7 @@ def environments(setting: dict, num_envs: int, seed: int) -> Bandit:
 def evaluate(setting: dict, num_envs: int, num_tuning: int, seed: int) -> tuple[tuned.Outcomes, dict]:
     """Outcomes [num_envs] of a cell and the step scale chosen for each; num_tuning more environments choose it."""
     bandit, sampler = environments(setting, num_tuning + num_envs, seed), get_sampler(sampler_name(setting))
-    start = tuned.value_gap(bandit, np.zeros((1, *bandit.rewards.shape)))[0, num_tuning:]
+    start = value_gap(bandit, np.zeros_like(bandit.rewards))[num_tuning:]
     if setting["mode"] == "exact":
         scales = tuned.EXACT_SCALES
 

@@ -1,184 +1,138 @@
-"""Exact gradients in closed form: increments of u for one update, no autograd.
+"""Exact gradients: the formula and the metrics in numpy, and the updates of a run, compiled where the law is data.
 
-All forms compute gain * sum_y' w (P* - sigma(d)), P* = sigma(Dr) where no label is flipped; they differ only in cost.
-sigma(x) = (1 + tanh(x / 2)) / 2 never overflows and leaves w/2 * (2 P* - 1 - tanh(d / 2)).
+Numbers in brackets are the equations of docs/bandit.md. State: u [envs, |Y|], the implicit rewards.
 """
 
-from collections.abc import Callable
-from functools import lru_cache
-
 import numpy as np
-from numpy.polynomial import chebyshev
 
+from bandit import kernel
 from bandit.problem import Bandit, gaps
-from bandit.samplers import Dense, Factors, Sampler
-from bandit.steps import gain
+from bandit.samplers import Sampler
 
-Increment = Callable[[np.ndarray, np.ndarray], None]
+METRICS = ("param_diff", "value", "value_diff", "max_delta")
 
-# Up to this many arms two products with the [|Y|, pairs] incidence matrix beat broadcasting over |Y| x |Y|.
-EDGES_TO = 32
-
-# Below this many arms the |Y|^2 form is as fast as interpolation and simpler to trust.
-INTERPOLATE_FROM = 256
+Rate = float | str | np.ndarray  # a number, one per environment [envs, 1], or one of steps.RULES
 
 
-def dense(u: np.ndarray, bandit: Bandit, sampler: Sampler, lr: float | str, law: Dense | None = None) -> np.ndarray:
-    """Increment [envs, |Y|] at u for any sampler, with the whole |Y| x |Y| matrix of weights (None: those at u)."""
-    weights, log_scale = law or sampler.weights(u, bandit)
-    step = gain(lr, sampler, bandit, weights.sum(axis=(1, 2))[:, None], log_scale)
-    return step / 2 * np.vecdot(weights, bandit.win_margins - np.tanh(gaps(u) / 2))
+def gain(lr: Rate, sampler: Sampler, bandit: Bandit, total: np.ndarray, log_scale: np.ndarray) -> np.ndarray:
+    """Gain [envs, 1] of equation (4); total: sum of the pair weights up to exp(log_scale), [envs, 1].
 
-
-def fixed_weights(bandit: Bandit, sampler: Sampler, lr: float | str) -> Increment:
-    """Weights that never change, with gain and constant part folded in once: few array operations an update."""
-    weights, log_scale = sampler.weights(bandit.rewards, bandit)
-    step = gain(lr, sampler, bandit, weights.sum(axis=(1, 2))[:, None], log_scale)
-    weights = np.ascontiguousarray(step[..., None] / 2 * weights)
-    constant = np.vecdot(weights, bandit.win_margins)
-    if bandit.num_actions <= EDGES_TO:
-        return _edge_sums(weights, constant)
-    half, matrix = np.empty_like(bandit.rewards), np.empty_like(weights)
-    column, row = half[:, :, None], half[:, None, :]
-
-    def increment(u: np.ndarray, out: np.ndarray) -> None:
-        np.multiply(u, 0.5, half)
-        np.subtract(column, row, matrix)
-        np.tanh(matrix, matrix)
-        np.vecdot(weights, matrix, out)
-        np.subtract(constant, out, out)
-
-    return increment
-
-
-def _edge_sums(weights: np.ndarray, constant: np.ndarray) -> Increment:
-    """The same over the unordered pairs y < y', through the complete graph's incidence matrix [|Y|, pairs]."""
-    num_actions = weights.shape[1]
-    first, second = np.triu_indices(num_actions, 1)
-    identity = np.eye(num_actions, dtype=weights.dtype)
-    incidence = identity[:, first] - identity[:, second]
-    half, back = incidence / 2, np.ascontiguousarray(incidence.T)
-    edges = np.ascontiguousarray(weights[:, first, second])
-    forces = np.empty_like(edges)
-
-    def increment(u: np.ndarray, out: np.ndarray) -> None:
-        np.dot(u, half, forces)
-        np.tanh(forces, forces)
-        np.multiply(edges, forces, forces)
-        np.dot(forces, back, out)
-        np.subtract(constant, out, out)
-
-    return increment
-
-
-def mix_policy(bandit: Bandit, sampler: Sampler, lr: float | str) -> Increment:
-    """DPO-Mix-P: w sigma(d) = 1 + e^d leaves two products of a constant matrix with a vector, and |Y| exponentials.
-
-    With a = e^u and b = e^-u, w = 2 + a b' + b a' and
-    sum_y' w (P* - sigma(d)) = sum_y' (2 P* - 1) + a (P* - 1) b + b P* a.
-    The dense form takes over where e^|d| nears overflow, and for DPO-Mix-P* where some |d| exceeds the reward range.
+    matched: lr* = Z / (2 beta^2 |Y|) with Z at the current policy; Z cancels and the gain is exp(log_scale) / |Y|.
+    theory: eta = 1 / (beta^2 |Y|) on a loss whose weights sum to alpha, i.e. lr = eta * alpha. alpha is that of the
+    theorems: sum (1 + e^D) = Z / 2 for the mixtures (so theory = matched), 2 |Y|^2 for DPO-Unif.
     """
-    wins = (1 + bandit.win_margins) / 2
-    matrices = np.stack([wins - 1, wins])
-    constant = bandit.win_margins.sum(axis=2)
-    pairs = bandit.num_actions**2
-    both = np.empty((2, *bandit.rewards.shape), bandit.rewards.dtype)
-    (a, b), swapped, force = both, both[::-1], np.empty_like(both)
-    unscaled = np.zeros_like(bandit.rewards[:, :1])
-    safe = np.sqrt(np.finfo(both.dtype).max)
-    # At the optimum the largest |d| is the reward range up to rounding, which is nothing to clip.
-    limit = bandit.reward_range * (1 + 1e-12)
-
-    def increment(u: np.ndarray, out: np.ndarray) -> None:
-        clips = sampler.clipped and (np.ptp(u, axis=-1, keepdims=True) > limit).any()
-        if not clips:
-            np.exp(u, a)
-            np.reciprocal(a, b)
-            sums = np.add.reduce(both, axis=2, keepdims=True)
-            total = 2 * (pairs + sums[0] * sums[1])
-        if clips or not total.max() < safe:
-            out[...] = dense(u, bandit, sampler, lr)
-            return
-        np.matvec(matrices, swapped, force)
-        np.multiply(both, force, force)
-        np.add(force[0], force[1], out)
-        np.add(out, constant, out)
-        np.multiply(out, gain(lr, sampler, bandit, total, unscaled), out)
-
-    return increment
+    if not isinstance(lr, str):
+        return 2 * bandit.beta**2 * lr / total  # (4)
+    ratio = 0.5 if lr == "matched" else sampler.alpha
+    return 2 * ratio * np.exp(log_scale) / bandit.num_actions
 
 
-@lru_cache(maxsize=64)
-def _chebyshev(num_nodes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes in (-1, 1) and the matrix from values there to Chebyshev coefficients."""
-    nodes = chebyshev.chebpts1(num_nodes)
-    to_coefficients = chebyshev.chebvander(nodes, num_nodes - 1).T * (2 / num_nodes)
-    to_coefficients[0] /= 2
-    return nodes, to_coefficients
+def increment(u: np.ndarray, bandit: Bandit, sampler: Sampler, lr: Rate, before: np.ndarray) -> np.ndarray:
+    """What one update adds to u, [envs, |Y|]; before: u before the last update, for samplers that look back."""
+    d = gaps(u)  # (1)
+    weights, log_scale = sampler.weights(u, bandit, before)
+    total = weights.sum(axis=(1, 2))[:, None]  # Z
+    # P* - sigma(d), and sigma(x) = (1 + tanh(x / 2)) / 2 never overflows.
+    surprise = (bandit.win_margins - np.tanh(d / 2)) / 2
+    return gain(lr, sampler, bandit, total, log_scale) * np.vecdot(weights, surprise)  # (3)
 
 
-def _num_nodes(half_width: float) -> int:
-    """Nodes for 1e-16 on an interval: sigma's poles lie pi off the real axis, so the error falls like rho^-nodes."""
-    distance = np.pi / max(half_width, 1e-3)
-    return int(np.ceil(37 / np.log(distance + np.sqrt(1 + distance**2)))) + 4
+def mean_gap(v: np.ndarray) -> np.ndarray:
+    """sum |v_y - v_y'| / |Y|^2 over ordered pairs, [...] from v [..., |Y|], in O(|Y| log |Y|).
 
-
-def logistic_sums(u: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """S[i, k] = sum_j sigma(u_i - u_j) right[j, k] in O(|Y|), to rounding. u [|Y|], right [|Y|, k].
-
-    As a function of u_i the sum is analytic: evaluate it at a few Chebyshev nodes, then interpolate.
+    The k-th smallest of |Y| values is subtracted |Y| - 1 - k times and added k times, in each order of the pair.
     """
-    centre, half_width = (u.max() + u.min()) / 2, max(np.ptp(u) / 2, 1e-3)
-    nodes, to_coefficients = _chebyshev(_num_nodes(half_width))
-    at, powers = np.exp(half_width * nodes)[:, None], np.exp(u - centre)
-    values = (at / (at + powers)) @ right
-    basis = chebyshev.chebvander((u - centre) / half_width, len(nodes) - 1)
-    return basis @ (to_coefficients @ values)
+    num_actions = v.shape[-1]
+    signs = 2.0 * np.arange(num_actions) - (num_actions - 1)
+    return np.sort(v, axis=-1) @ signs * (2 / num_actions**2)
 
 
-def fixed_interpolated(bandit: Bandit, sampler: Sampler, lr: float | str) -> Increment:
-    """Fixed weights of many arms: their few factors turn the |Y|^2 sum into a few logistic sums."""
-    factors: Factors = sampler.law(bandit.rewards, bandit)
-    step = gain(lr, sampler, bandit, factors.total(), factors.log_scale)
-    left = step[..., None] * factors.left
-    right = factors.right
+def value_gap(bandit: Bandit, u: np.ndarray) -> np.ndarray:
+    """V* - V(pi) = beta KL(pi || pi*) of states [..., envs, |Y|]: sum pi (e^x - 1 - x), x = log pi* - log pi (6).
 
-    def forces(u: np.ndarray) -> np.ndarray:
-        return np.stack([(a * logistic_sums(x, b)).sum(axis=1) for x, a, b in zip(u, left, right, strict=True)])
-
-    # P* = (1 - 2 eps) sigma(Dr) + 2 eps sigma(0), eps the share of flipped labels.
-    flipped = 2 * bandit.label_noise
-    constant = (1 - flipped) * forces(bandit.rewards) + flipped * forces(np.zeros_like(bandit.rewards))
-    direct = None
-
-    def increment(u: np.ndarray, out: np.ndarray) -> None:
-        nonlocal direct
-        if _wide(u):
-            direct = direct or fixed_weights(bandit, sampler, lr)
-            direct(u, out)
-        else:
-            np.subtract(constant, forces(u), out)
-
-    return increment
+    Every term is >= 0 and of second order, so the gap keeps its digits down to 1e-30, where V* - V(pi) is rounding.
+    """
+    log_pi = bandit.log_policy(u)
+    x = bandit.log_optimum - log_pi
+    pi = np.exp(log_pi)
+    near = np.minimum(x, 1)
+    terms = pi * (np.expm1(near) - near)
+    if x.max() > 1:  # e^x may overflow, but pi e^x = pi*
+        terms = np.where(x > 1, np.exp(bandit.log_optimum) - pi * (1 + x), terms)
+    return bandit.beta * np.maximum(terms, 0).sum(axis=-1)
 
 
-def _wide(u: np.ndarray) -> bool:
-    """True if the nodes would be so many that the direct sum is as fast, or exponentials might overflow."""
-    half_width = np.ptp(u, axis=-1).max() / 2
-    return half_width > 80 or _num_nodes(half_width) > u.shape[-1] // 4
+def measure(bandit: Bandit, u: np.ndarray) -> np.ndarray:
+    """METRICS of float64 states u [..., envs, |Y|], stacked [4, ..., envs].
+
+    param_diff: mean over all |Y|^2 pairs of |delta| (5); value: V(pi) = sum pi (r - beta log(pi / pi_ref)), as V*
+    minus the gap; value_diff: V* - V(pi); max_delta: the largest |delta|. Rewards' units throughout.
+    """
+    v, gap = bandit.rewards - u, value_gap(bandit, u)
+    return np.stack([mean_gap(v), bandit.best_value - gap, gap, np.ptp(v, axis=-1)])
 
 
-def make_increment(bandit: Bandit, sampler: Sampler, lr: float | str) -> Increment:
-    """The fastest form for this sampler: a function (u [envs, |Y|], out) that writes u's next increment into out."""
-    if sampler.fixed:
-        many = bandit.num_actions >= INTERPOLATE_FROM and not _wide(bandit.rewards)
-        return (fixed_interpolated if many else fixed_weights)(bandit, sampler, lr)
-    if sampler.alpha is not None:
-        return mix_policy(bandit, sampler, lr)
+def compiled_setup(bandit: Bandit, sampler: Sampler, lr: Rate) -> kernel.Setup | None:
+    """The run's constants as kernel.py takes them; None where the formula above must do.
 
-    weights = sampler.successive(bandit)
+    That is for laws that are no data, for more than two terms (one, where they are not normalised), for float32.
+    """
+    if sampler.products is None or bandit.rewards.dtype != np.float64:
+        return None
+    law = sampler.products(bandit)
+    if len(law.terms) > (2 if law.normalised else 1):
+        return None
+    envs, num_actions = bandit.rewards.shape
+    slopes, bases = np.zeros((2, 2, 2)), np.zeros((envs, 2, 2, num_actions))
+    for k, (_, *arms) in enumerate(law.terms):
+        for side, arm in enumerate(arms):
+            slopes[k, side] = arm.of_u, arm.of_before
+            bases[:, k, side] = arm.base
+    rates = (1.0 if lr == "matched" else 2 * sampler.alpha) if isinstance(lr, str) else lr
+    limit = np.full(envs, np.inf) if law.limit is None else law.limit[:, 0].copy()
+    centre = (bandit.rewards.max(axis=1, keepdims=True) + bandit.rewards.min(axis=1, keepdims=True)) / 2
+    return kernel.Setup(
+        rewards=bandit.rewards.copy(),
+        powers=np.exp(np.clip(bandit.rewards - centre, -350, 350)),  # used where they are within
+        log_ref=bandit.log_ref.copy(),
+        log_optimum=bandit.log_optimum,
+        optimum=np.exp(bandit.log_optimum),
+        beta=bandit.beta,
+        keep=1.0 - 2 * bandit.label_noise,
+        by_rule=isinstance(lr, str),
+        rates=np.broadcast_to(np.asarray(rates, float).reshape(-1), envs).copy(),
+        constant=law.constant,
+        masses=np.array([*(mass for mass, *_ in law.terms), 0.0, 0.0][:2]),
+        slopes=slopes,
+        bases=bases,
+        normalised=law.normalised,
+        fixed=law.fixed,
+        limit=limit,
+    )
 
-    def increment(u: np.ndarray, out: np.ndarray) -> None:
-        out[...] = dense(u, bandit, sampler, lr, weights(u))
 
-    return increment
+class Updates:
+    """The exact updates of one run, which remembers the state before the last one, at first the reference's."""
+
+    def __init__(self, bandit: Bandit, sampler: Sampler, lr: Rate):
+        self.bandit, self.sampler, self.lr = bandit, sampler, lr
+        self.setup = compiled_setup(bandit, sampler, lr)
+        self.before, self.last = np.zeros_like(bandit.rewards), np.zeros_like(bandit.rewards)
+
+    def advance(self, u: np.ndarray, updates: int) -> np.ndarray:
+        """Move u by so many updates, in place; return METRICS of the states before each, [4, envs, updates].
+
+        `last` is then what the last update added.
+        """
+        series = np.empty((len(METRICS), len(u), updates))
+        if self.setup is not None:
+            kernel.iterate(self.setup, u, self.before, self.last, series)
+            series[1] = self.bandit.best_value[:, None] - series[2]
+            return series
+        wide = self.bandit.as_float64()
+        for t in range(updates):
+            series[:, :, t] = measure(wide, u.astype(np.float64, copy=False))
+            self.last = increment(u, self.bandit, self.sampler, self.lr, self.before)
+            self.before[...] = u
+            u += self.last
+        return series

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from bandit import exact
-from bandit.metrics import measure
 from bandit.problem import Bandit, make_bandit
 from bandit.samplers import Sampler, get_sampler
 from bandit.steps import laplacian
@@ -136,16 +135,15 @@ def run(problem: Problem, sampler: Sampler, lr: np.ndarray, num_iter: int) -> di
         the state after t updates.
     """
     instances, prompts, *_, d = problem.features.shape
-    increment = exact.make_increment(problem.bandit, sampler, np.repeat(lr, prompts)[:, None])
-    v, out = np.zeros((instances, d)), np.empty_like(problem.bandit.rewards)
+    updates = exact.Updates(problem.bandit, sampler, np.repeat(lr, prompts)[:, None])
+    v = np.zeros((instances, d))
     series = {name: np.empty((instances, num_iter)) for name in ("value_diff", "param_diff")}
-    for update in range(num_iter):
-        u = problem.implicit_rewards(v)
-        measured = measure(problem.bandit, u[None])
+    for t in range(num_iter):
+        metrics = updates.advance(problem.implicit_rewards(v), 1)[:, :, 0]
         for name, values in series.items():
-            values[:, update] = measured[name].reshape(instances, prompts).mean(axis=1)
-        increment(u, out)
-        v = v + problem.pull_back(out)
+            by_prompt = metrics[exact.METRICS.index(name)].reshape(instances, prompts)
+            values[:, t] = by_prompt.mean(axis=1)
+        v = v + problem.pull_back(updates.last)
     return series
 
 
@@ -164,7 +162,7 @@ def tuned_scale(problem: Problem, sampler: Sampler, num_iter: int) -> float:
 
     def rank(scale: float) -> tuple[float, float]:
         gaps = run(problem, sampler, scale * limit, num_iter)["value_diff"]
-        return float(updates_needed(gaps).max()), float(gaps[:, -1].max())
+        return float(updates_needed(gaps).max()), float(np.nan_to_num(gaps[:, -1], nan=np.inf).max())
 
     return min(EXACT_SCALES, key=rank)
 

@@ -38,7 +38,7 @@ def draw_panel(axes: Axes, samplers: dict[str, dict[str, np.ndarray]], series: s
     axes.set_yscale("log")
     for name, found in samplers.items():
         values = np.maximum(found[series], LOWEST)
-        draw_curve(axes, values, name, "empirical", name, True, linestyle=line_of(name), linewidth=1.2)
+        draw_curve(axes, values, name, "sampled", name, True, linestyle=line_of(name), linewidth=1.2)
     axes.set_xlim(0, max(1, end_of(samplers, series)))
 
 

@@ -3,12 +3,15 @@
 import hashlib
 import json
 import os
+import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from bandit.presets import MODE_KEYS
 from bandit.settings import BadInput
 
 RESULTS = Path(__file__).parent / "results"
@@ -48,6 +51,23 @@ def prepare(folder: Path, settings: dict, overwrite: bool) -> None:
     )
 
 
+def progress_bar(total: int, unit: str) -> Callable[[str, int], None]:
+    """A line on a terminal that a call (label, how many more are done) moves; silent where there is no terminal."""
+    began = shown = time.monotonic()
+    done = 0
+
+    def show(label: str, more: int) -> None:
+        nonlocal done, shown
+        done += more
+        now = time.monotonic()
+        if sys.stderr.isatty() and (now - shown > 0.2 or done == total):
+            shown, end = now, "\n" if done == total else ""
+            text = f"{done / total:4.0%} of {total} {unit}s, {now - began:.0f} s, {label}"
+            print(f"\r{text:78.78}", end=end, file=sys.stderr, flush=True)
+
+    return show
+
+
 def save(path: Path, write: Callable[[Path], object]) -> None:
     """Calls write on a temporary name beside path, then renames: path is never half written."""
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
@@ -71,7 +91,9 @@ def save_trajectories(
 ) -> None:
     """trajectories.npz: '<sampler>/<mode>/<series>' [envs, T] and 'rewards' [envs, |Y|], float64."""
     arrays = {
-        f"{name}/{mode}/{key}": values for (name, mode), series in results.items() for key, values in series.items()
+        f"{name}/{MODE_KEYS[mode]}/{key}": values
+        for (name, mode), series in results.items()
+        for key, values in series.items()
     }
     # The temporary name must end in .npz, or numpy would add it.
     save(folder / "trajectories.npz", lambda target: np.savez(target, rewards=rewards, **arrays))

@@ -23,7 +23,7 @@ FIGURES = {
 # Exact curves are few and end at rounding: thick, dashed. Sampled ones are noisy: thin, solid.
 STYLES = {
     "exact": {"linestyle": (0, (4, 1.5)), "linewidth": 2.2},
-    "empirical": {"linestyle": "-", "linewidth": 0.9},
+    "sampled": {"linestyle": "-", "linewidth": 0.9},
 }
 
 STYLE = {
@@ -69,7 +69,7 @@ def draw_theory(axes: Axes, results: Results, settings: Mapping) -> None:
             limits = theory.bound(name, settings["num_iter"])
             limits = np.where(limits > 1e-18, limits, np.nan)
             axes.plot(limits, color=color_of(name), linestyle=":", linewidth=1.3, label=f"{name}, bound")
-    if any(mode == "empirical" for _, mode in results) and not isinstance(settings["lr"], str):
+    if any(mode == "sampled" for _, mode in results) and not isinstance(settings["lr"], str):
         floor = theory.noise_floor(settings["beta"], settings["lr"], settings["num_samples"], settings["num_actions"])
         axes.axhline(floor, color="black", linestyle=":", linewidth=1.2, label="predicted noise floor")
 
@@ -83,7 +83,7 @@ def draw_figure(results: Results, figure: str, settings: Mapping, with_theory: b
     if log:
         axes.set_yscale("log")
     for (name, mode), values in results.items():
-        text = name if len(modes) == 1 else f"{name}, {'exact' if mode == 'exact' else 'sampled'}"
+        text = name if len(modes) == 1 else f"{name}, {mode}"
         draw_curve(axes, values[series], name, mode, text, log)
     if with_theory and figure == "param_diff":
         draw_theory(axes, results, settings)
@@ -99,8 +99,8 @@ def draw_figure(results: Results, figure: str, settings: Mapping, with_theory: b
 def _title(settings: Mapping, modes: set[str]) -> str:
     lr = settings["lr"] if isinstance(settings["lr"], str) else f"{settings['lr']:g}"
     parts = [rf"$|Y|={settings['num_actions']}$, $\beta={settings['beta']:g}$, lr {lr}"]
-    if "empirical" in modes:
-        parts.append(f"{settings['num_samples']} pairs an update")
+    if "sampled" in modes:
+        parts.append(f"{settings['num_samples']} pairs per update")
     if settings["num_envs"] > 1:
         parts.append(f"median and 10–90% of {settings['num_envs']} rewards")
     if settings["lr"] == "theory":

@@ -44,3 +44,8 @@ PRESETS = {
 GROUPS = {"paper": ["paper-exact", "paper-empirical"]}
 
 NAMES = [*PRESETS, *GROUPS]
+
+# Values of --mode, and the modes of simulate.simulate that each stands for.
+MODES = {"exact": ["exact"], "empirical": ["sampled"], "both": ["exact", "sampled"]}
+# Their names in file keys: trajectories.npz and summary.csv call sampled gradients what the flag calls them.
+MODE_KEYS = {"exact": "exact", "sampled": "empirical"}

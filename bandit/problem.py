@@ -54,6 +54,20 @@ class Bandit:
         """log pi*, pi* proportional to pi_ref exp(r / beta), [envs, |Y|]."""
         return self.log_policy(self.rewards)
 
+    @cached_property
+    def best_value(self) -> np.ndarray:
+        """V* = V(pi*), [envs]."""
+        return self.beta * logsumexp(self.rewards / self.beta + self.log_ref)[:, 0]
+
+    def as_float64(self) -> "Bandit":
+        """The same in float64."""
+        rewards, log_ref = (x.astype(np.float64, copy=False) for x in (self.rewards, self.log_ref))
+        return Bandit(rewards, log_ref, self.beta, self.label_noise)
+
+    def rows(self, part: slice | np.ndarray) -> "Bandit":
+        """Some of the environments."""
+        return Bandit(self.rewards[part], self.log_ref[part], self.beta, self.label_noise)
+
     def log_policy(self, u: np.ndarray) -> np.ndarray:
         """log pi of the state u [..., envs, |Y|]."""
         logits = u / self.beta + self.log_ref

@@ -1,163 +1,157 @@
-"""The samplers: one table. A sampler is a symmetric matrix of pair weights.
+"""The samplers: one table. A sampler is a symmetric matrix of pair weights w(y, y').
 
-A row's law gives the unnormalised weight of the ordered pair (y, y') as exp(log_scale) * matrix[y, y'], the matrix
-whole (`Dense`) or, where it is of low rank, as left @ right^T (`Factors`). The scale is apart: weights such as e^d
-overflow long before their ratios do. DPO's loss is symmetric in the pair, so a distribution that is not (y1 from one
-policy, y2 from another) is replaced by its symmetric part: the same gradient, and the same law of (winner, loser).
+DPO's loss is symmetric in the pair, so a distribution that is not (y1 from one policy, y2 from another) is replaced
+by its symmetric part: the same gradient, the same law of (winner, loser). A row gives its law in one of two forms:
+
+- `products`: as data, a constant and a sum of products of arm distributions (`Products`); runs compiled.
+- `law`: as a function of the state, the whole matrix (`Dense`); runs in numpy.
 
 Weights as in Shi, Zhou, Du, "The Crucial Role of Samplers in Online Direct Preference Optimization", ICLR 2025:
 DPO-Unif 1; DPO-Mix-R 2 + e^D + e^-D with D = r_y - r_y'; DPO-Mix-P the same with D = d(y, y') = u_y - u_y';
 DPO-Mix-P* the same with d clipped to [-R, R], R = max r - min r of that environment.
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import numpy as np
 
-from bandit.mixtures import MIXTURES, POLICY, Mixture, always, get_mixture
-from bandit.problem import Bandit, gaps
+from bandit.mixtures import MIXTURES, POLICY, Mixture, WeightPair, always, get_mixture
+from bandit.problem import Bandit, logsumexp
 
 
 class Dense(NamedTuple):
-    """Pair weights [envs, |Y|, |Y|] up to exp(log_scale), log_scale [envs, 1]."""
+    """Pair weights matrix * exp(log_scale), [envs, |Y|, |Y|] and [envs, 1]: e^d overflows long before ratios do."""
 
     matrix: np.ndarray
     log_scale: np.ndarray
 
-    def dense(self) -> "Dense":
-        return self
+
+class Arm(NamedTuple):
+    """Distribution of one arm, proportional to exp(of_u * u + of_before * (u before the last update) + base)."""
+
+    of_u: float
+    of_before: float
+    base: np.ndarray  # [envs, |Y|]
+
+    def logits(self, u: np.ndarray, before: np.ndarray) -> np.ndarray:
+        return self.of_u * u + self.of_before * before + self.base
 
 
-class Factors(NamedTuple):
-    """The same as left @ right^T, both [envs, |Y|, k]."""
+@dataclass(frozen=True)
+class Products:
+    """The weights w(y, y') = constant + sum of mass * (a(y) b(y') + b(y) a(y')).
 
-    left: np.ndarray
-    right: np.ndarray
-    log_scale: np.ndarray
+    Attributes:
+        terms: (mass, a, b), each.
+        constant: weight that every pair has.
+        normalised: a and b sum to 1. A distribution has no scale of its own: w is then divided by the sum over terms
+            of 2 * mass * max a * max b, so that it is at most 1 (exactly 1 for the uniform pair, DPO-Unif's weight),
+            which keeps the matched step below the stability limit.
+        limit: |log a(y) b(y')| is clipped to it, [envs, 1].
+    """
 
-    def dense(self) -> Dense:
-        return Dense(self.left @ self.right.swapaxes(1, 2), self.log_scale)
+    terms: tuple[tuple[float, Arm, Arm], ...] = ()
+    constant: float = 0.0
+    normalised: bool = False
+    limit: np.ndarray | None = None
 
-    def total(self) -> np.ndarray:
-        """Sum of left @ right^T over all ordered pairs, [envs, 1]."""
-        return (self.left.sum(axis=1) * self.right.sum(axis=1)).sum(axis=-1, keepdims=True)
+    @property
+    def fixed(self) -> bool:
+        """Whether the weights are the same at every state."""
+        return not any(arm.of_u or arm.of_before for _, *arms in self.terms for arm in arms)
 
-
-Law = Factors | Dense
+    def weights(self, u: np.ndarray, before: np.ndarray) -> Dense:
+        """The matrix at the state u [envs, |Y|], in logarithms, so that nothing overflows."""
+        pair_logs, largest = [], []
+        for mass, *arms in self.terms:
+            logs = [arm.logits(u, before) for arm in arms]
+            if self.normalised:
+                logs = [log - logsumexp(log) for log in logs]
+            ratio = logs[0][:, :, None] + logs[1][:, None, :]
+            if self.limit is not None:
+                ratio = np.clip(ratio, -self.limit[..., None], self.limit[..., None])
+            pair_logs += [np.log(mass) + ratio, np.log(mass) + ratio.swapaxes(1, 2)]
+            largest.append(np.log(2 * mass) + sum(log.max(axis=-1, keepdims=True) for log in logs))
+        if self.constant:
+            pair_logs.append(np.full((*u.shape, u.shape[1]), np.log(self.constant)))
+        total = np.logaddexp.reduce(pair_logs)
+        top = total.max(axis=(1, 2))[:, None]
+        return Dense(np.exp(total - top[..., None]), top - (np.logaddexp.reduce(largest) if self.normalised else 0))
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """One row.
+    """One row; exactly one of `products` and `law` is given.
 
     Attributes:
-        law: (u [envs, |Y|], bandit) -> Factors or Dense; with `looks_back` (u, bandit, u before the last update).
         about: what a pair is drawn from, for `--help`.
-        fixed: True if the weights do not depend on the policy; the law then gives Factors.
-        looks_back: True if the weights depend on the state before the last update too.
-        clipped: True if d is clipped to the reward range (DPO-Mix-P*), which limits exact.mix_policy's fast form.
-        alpha: the theorems' loss weight alpha as a multiple of Z, the sum of the weights above; None if no theorem
-            covers the sampler. Mix-R and Mix-P: alpha1 + alpha2 = sum (1 + e^D) = Z / 2. Unif: alpha = 2 |Y|^2 = 2 Z.
+        products: bandit -> the law as data.
+        law: (u [envs, |Y|], bandit) -> the law as a matrix.
+        alpha: the theorems' loss weight alpha as a multiple of Z, the sum of the weights; None if no theorem covers
+            the sampler. Mix-R and Mix-P: alpha1 + alpha2 = sum (1 + e^D) = Z / 2. Unif: alpha = 2 |Y|^2 = 2 Z.
     """
 
-    law: Callable[..., Law]
     about: str
-    fixed: bool = False
-    looks_back: bool = False
-    clipped: bool = False
+    products: Callable[[Bandit], Products] | None = None
+    law: Callable[[np.ndarray, Bandit], Dense] | None = None
     alpha: float | None = None
 
-    def weights(self, u: np.ndarray, bandit: Bandit, previous: np.ndarray | None = None) -> Dense:
-        """Pair weights at the state u, reached from the state `previous` (None: from u itself, a run at rest)."""
-        if self.looks_back:
-            return self.law(u, bandit, u if previous is None else previous).dense()
-        return self.law(u, bandit).dense()
+    def __post_init__(self):
+        if (self.products is None) == (self.law is None):
+            raise ValueError(f"sampler ({self.about}): give either products or a law")
 
-    def successive(self, bandit: Bandit) -> Callable[[np.ndarray], Dense]:
-        """The weights of one run, whose states are given in order; before the first there is the reference, u = 0."""
-        if not self.looks_back:
-            return lambda u: self.weights(u, bandit)
-        previous = np.zeros_like(bandit.rewards)
+    def weights(self, u: np.ndarray, bandit: Bandit, before: np.ndarray | None = None) -> Dense:
+        """Pair weights at the state u, reached from the state `before` (None: from u itself, a run at rest)."""
+        if self.law is not None:
+            return self.law(u, bandit)
+        return self.products(bandit).weights(u, u if before is None else before)
 
-        def weights(u: np.ndarray) -> Dense:
-            nonlocal previous
-            result = self.weights(u, bandit, previous)
-            previous = u.copy()  # the caller may reuse the array
-            return result
-
-        return weights
+    def fixed(self, bandit: Bandit) -> bool:
+        """Whether the weights are known to be the same at every state."""
+        return self.products is not None and self.products(bandit).fixed
 
 
-def uniform(u: np.ndarray, bandit: Bandit) -> Factors:
+def _centred(x: np.ndarray) -> np.ndarray:
+    return x - (x.max(axis=-1, keepdims=True) + x.min(axis=-1, keepdims=True)) / 2
+
+
+def uniform(bandit: Bandit) -> Products:
     """Weight 1 for every pair."""
-    ones = np.ones_like(u)[..., None]
-    return Factors(ones, ones, np.zeros_like(u[:, :1]))
+    return Products(constant=1.0)
 
 
-def exponential(x: np.ndarray) -> Factors:
-    """Weight e^(x_y - x_y') + e^(x_y' - x_y), the largest at most exp(log_scale): one arm from e^x, one from e^-x."""
-    low, high = x.min(axis=-1, keepdims=True), x.max(axis=-1, keepdims=True)
-    up, down = np.exp(x - high), np.exp(low - x)
-    return Factors(np.stack([up, down], axis=-1), np.stack([down, up], axis=-1), high - low)
+def of_rewards(bandit: Bandit, constant: float = 2.0) -> Products:
+    """constant + e^D + e^-D, D = r_y - r_y'."""
+    r = _centred(bandit.rewards)
+    return Products(((1.0, Arm(0.0, 0.0, r), Arm(0.0, 0.0, -r)),), constant)
 
 
-def mixture(x: np.ndarray) -> Factors:
-    """Weight 2 + e^(x_y - x_y') + e^(x_y' - x_y): the uniform pair and the exponential one."""
-    left, right, log_scale = exponential(x)
-    ones = np.ones_like(x)[..., None]
-    constant = 2 * np.exp(-log_scale)[..., None] * ones
-    return Factors(np.concatenate([constant, left], -1), np.concatenate([ones, right], -1), log_scale)
+def of_policy(bandit: Bandit, constant: float = 2.0, limit: np.ndarray | None = None) -> Products:
+    """constant + e^d + e^-d, d = u_y - u_y', |d| clipped to `limit`."""
+    zero = np.zeros_like(bandit.rewards)
+    return Products(((1.0, Arm(1.0, 0.0, zero), Arm(-1.0, 0.0, zero)),), constant, limit=limit)
 
 
-def clipped_mixture(u: np.ndarray, bandit: Bandit) -> Dense:
-    """min(2 + e^d + e^-d, 2 + e^R + e^-R), which is 2 + e^c + e^-c with c = min(|d|, R): the sum grows with |d|."""
-    limit = bandit.reward_range[..., None]
-    clipped = np.minimum(np.abs(gaps(u)), limit)
-    weights = 2 * np.exp(-limit) + np.exp(clipped - limit) + np.exp(-clipped - limit)
-    return Dense(weights, bandit.reward_range)
+def times_uniform(bandit: Bandit, arm: Arm) -> Products:
+    """One arm from a distribution, the other uniform."""
+    return Products(((0.5, arm, Arm(0.0, 0.0, np.zeros_like(bandit.rewards))),), normalised=True)
 
 
-def product_mixture(parts: list[tuple[float, np.ndarray, np.ndarray]]) -> Factors:
-    """With probability p one arm from a and one from b, for every (p, log a, log b) of parts.
-
-    The distribution carries no scale of its own. It is scaled so that the largest weight is at most 1 (exactly 1 for
-    the uniform pair, DPO-Unif's weight), which keeps the matched step below the stability limit.
-    """
-    left, right, largest = [], [], 0.0
-    for probability, log_a, log_b in parts:
-        a, b = np.exp(log_a), np.exp(log_b)
-        left += [probability / 2 * a, probability / 2 * b]
-        right += [b, a]
-        largest = largest + probability * a.max(axis=-1, keepdims=True) * b.max(axis=-1, keepdims=True)
-    return Factors(np.stack(left, axis=-1), np.stack(right, axis=-1), -np.log(largest))
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    logits = logits - logits.max(axis=-1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-
-
-def _log_uniform(u: np.ndarray) -> np.ndarray:
-    return np.full_like(u, -math.log(u.shape[-1]))
-
-
-def logit_mixture(mixture: Mixture) -> Callable[..., Factors]:
+def logit_mixture(mixture: Mixture) -> Callable[[Bandit], Products]:
     """Two draws of a row of the language-model table: each arm from pi^w_policy pi_second^w_second, normalised."""
 
-    def law(u: np.ndarray, bandit: Bandit, previous: np.ndarray | None = None) -> Factors:
-        log_pi = bandit.log_policy(u)
-        log_second = bandit.log_ref if previous is None else bandit.log_policy(previous)
-        return product_mixture(
-            [
-                (p, *(_log_softmax(policy * log_pi + second * log_second) for policy, second in arms))
-                for p, *arms in mixture.pairs(bandit.beta)
-            ]
-        )
+    def products(bandit: Bandit) -> Products:
+        def arm(weights: tuple[float, float]) -> Arm:
+            policy, second = weights
+            of_before = second / bandit.beta if mixture.second_model == "previous" else 0.0
+            return Arm(policy / bandit.beta, of_before, (policy + second) * bandit.log_ref)
 
-    return law
+        pairs = mixture.pairs(bandit.beta)
+        return Products(tuple((p / 2, arm(first), arm(second)) for p, first, second, *_ in pairs), normalised=True)
+
+    return products
 
 
 def extremes(pi: np.ndarray, scores: np.ndarray, draws: int) -> np.ndarray:
@@ -173,21 +167,23 @@ def extremes(pi: np.ndarray, scores: np.ndarray, draws: int) -> np.ndarray:
     share = np.divide(pi, level, out=np.zeros_like(pi), where=level > 0)
 
     def within(high: np.ndarray, low: np.ndarray) -> np.ndarray:
-        return np.maximum(high[:, :, None] - low[:, None, :], 0) ** draws
+        mass, power, left = np.maximum(high[:, :, None] - low[:, None, :], 0), 1.0, draws
+        while left:  # by squaring: numpy's power takes ten times as long
+            power, mass, left = (power * mass if left % 2 else power), mass * mass, left // 2
+        return power
 
     levels = within(up_to, below) - within(up_to, up_to) - within(below, below) + within(below, up_to)
     # Cancellation can leave -1e-17 of a probability that is 0.
     return np.maximum(levels, 0) * share[:, :, None] * share[:, None, :]
 
 
-def best_and_worst(mixture: Mixture) -> Callable[..., Dense]:
+def best_and_worst(mixture: Mixture) -> Callable[[np.ndarray, Bandit], Dense]:
     """The best and the worst of the row's candidates, independent draws from one policy, by (implicit) reward."""
 
     def law(u: np.ndarray, bandit: Bandit) -> Dense:
-        ((_, (policy, second), other),) = mixture.pairs(bandit.beta)
-        if other != (policy, second):
-            raise NotImplementedError("best and worst of draws from two policies have no closed form here")
-        pi = np.exp(_log_softmax(policy * bandit.log_policy(u) + second * bandit.log_ref))
+        ((_, (policy, second), *_),) = mixture.pairs(bandit.beta)
+        logits = policy * bandit.log_policy(u) + second * bandit.log_ref
+        pi = np.exp(logits - logsumexp(logits))
         weights = extremes(pi, bandit.rewards if mixture.choose == "max_min" else u, mixture.candidates)
         weights = (weights + weights.swapaxes(1, 2)) / 2
         return Dense(weights, -np.log(weights.max(axis=(1, 2))[:, None]))
@@ -195,48 +191,79 @@ def best_and_worst(mixture: Mixture) -> Callable[..., Dense]:
     return law
 
 
-def from_mixture(mixture: Mixture, fixed: bool = False) -> Sampler:
+class NotTabular(ValueError):
+    """A row of the language-model table that this simulator has no law for."""
+
+
+def check_tabular(mixture: Mixture) -> None:
+    """Raise NotTabular if the row has a field, a choice, or weights that are not known here."""
+    known = {"pairs", "about", "second_model", "candidates", "choose"}
+    for field in fields(mixture):
+        if field.name not in known and getattr(mixture, field.name) != field.default:
+            raise NotTabular(f"the bandit has no law for rows with `{field.name}`")
+    if mixture.second_model not in ("reference", "previous"):
+        raise NotTabular(f"the bandit has no second model {mixture.second_model!r}")
+    pairs = mixture.pairs(1.0)
+    for _, first, second, *more in pairs:
+        defaults = [WeightPair._field_defaults[name] for name in WeightPair._fields[3:]]
+        if len(first) != 2 or len(second) != 2 or more != defaults:
+            raise NotTabular("the bandit knows pairs of two weight vectors for two models only")
+    if mixture.candidates == 2 or mixture.choose == "random":
+        return
+    if mixture.choose not in ("max_min", "implicit_max_min"):
+        raise NotTabular(f"the bandit has no law for the choice {mixture.choose!r} of {mixture.candidates}")
+    if len(pairs) > 1 or pairs[0][1] != pairs[0][2] or mixture.second_model == "previous":
+        raise NotTabular("best and worst of draws from several policies have no closed form here")
+
+
+def from_mixture(mixture: Mixture) -> Sampler:
     """A row of the language-model table as a sampler of arms.
 
     Two of N independent draws are two independent draws, so with the choice `random` only the pair counts.
+
+    Raises:
+        NotTabular: see `check_tabular`.
     """
-    looks_back = mixture.second_model == "previous"
+    check_tabular(mixture)
     if mixture.candidates > 2 and mixture.choose != "random":
-        return Sampler(best_and_worst(mixture), mixture.about)
-    return Sampler(logit_mixture(mixture), mixture.about, fixed=fixed, looks_back=looks_back)
+        return Sampler(mixture.about, law=best_and_worst(mixture))
+    return Sampler(mixture.about, logit_mixture(mixture))
 
 
-def _optimal_uniform(u: np.ndarray, bandit: Bandit) -> Factors:
-    return product_mixture([(1.0, bandit.log_optimum, _log_uniform(u))])
+def tabular_rows(mixtures: dict[str, Mixture]) -> dict[str, Sampler]:
+    """The rows that have a law here."""
+    rows = {}
+    for name, mixture in mixtures.items():
+        try:
+            rows[name] = from_mixture(mixture)
+        except NotTabular:
+            continue
+    return rows
 
 
-def _policy_uniform(u: np.ndarray, bandit: Bandit) -> Factors:
-    return product_mixture([(1.0, bandit.log_policy(u), _log_uniform(u))])
-
-
-def _mix_reward(u: np.ndarray, bandit: Bandit) -> Factors:
-    return mixture(bandit.rewards)
-
-
-def _mix_policy(u: np.ndarray, bandit: Bandit) -> Factors:
-    return mixture(u)
-
+_POWER = "((pi/pi_ref)^beta, (pi_ref/pi)^beta)"
 
 SAMPLERS = {
-    "DPO-Unif": Sampler(uniform, "both arms uniform", fixed=True, alpha=2.0),
-    "DPO-Mix-R": Sampler(_mix_reward, "uniform pair mixed with (e^r, e^-r)", fixed=True, alpha=0.5),
-    "DPO-Mix-P": Sampler(_mix_policy, "uniform pair mixed with ((pi/pi_ref)^beta, (pi_ref/pi)^beta)", alpha=0.5),
-    "DPO-Mix-P*": Sampler(clipped_mixture, "DPO-Mix-P, weights clipped at the reward range", clipped=True, alpha=0.5),
-    "DPO-Mix-R-1": Sampler(uniform, "the uniform component of DPO-Mix-R alone", fixed=True),
-    "DPO-Mix-R-2": Sampler(lambda u, b: exponential(b.rewards), "(e^r, e^-r) alone", fixed=True),
-    "DPO-Mix-P-1": Sampler(uniform, "the uniform component of DPO-Mix-P alone", fixed=True),
-    "DPO-Mix-P-2": Sampler(lambda u, b: exponential(u), "((pi/pi_ref)^beta, (pi_ref/pi)^beta) alone"),
-    "DPO-Opt-Unif": Sampler(_optimal_uniform, "one arm from the optimal policy, one uniform", fixed=True),
-    "DPO-Policy-Unif": Sampler(_policy_uniform, "one arm from the current policy, one uniform"),
-    "DPO-Policy-Policy": Sampler(
-        logit_mixture(Mixture(always(POLICY, POLICY), "")), "both arms from the current policy"
+    "DPO-Unif": Sampler("both arms uniform", uniform, alpha=2.0),
+    "DPO-Mix-R": Sampler("uniform pair mixed with (e^r, e^-r)", of_rewards, alpha=0.5),
+    "DPO-Mix-P": Sampler(f"uniform pair mixed with {_POWER}", of_policy, alpha=0.5),
+    "DPO-Mix-P*": Sampler(
+        "DPO-Mix-P, weights clipped at the reward range", lambda b: of_policy(b, limit=b.reward_range), alpha=0.5
     ),
-    **{name: from_mixture(row, fixed=name == "offline") for name, row in MIXTURES.items()},
+    "DPO-Mix-R-1": Sampler("the uniform component of DPO-Mix-R alone", uniform),
+    "DPO-Mix-R-2": Sampler("(e^r, e^-r) alone", lambda b: of_rewards(b, 0.0)),
+    "DPO-Mix-P-1": Sampler("the uniform component of DPO-Mix-P alone", uniform),
+    "DPO-Mix-P-2": Sampler(f"{_POWER} alone", lambda b: of_policy(b, 0.0)),
+    "DPO-Opt-Unif": Sampler(
+        "one arm from the optimal policy, one uniform", lambda b: times_uniform(b, Arm(0.0, 0.0, b.log_optimum))
+    ),
+    "DPO-Policy-Unif": Sampler(
+        "one arm from the current policy, one uniform", lambda b: times_uniform(b, Arm(1 / b.beta, 0.0, b.log_ref))
+    ),
+    "DPO-Policy-Policy": Sampler(
+        "both arms from the current policy", logit_mixture(Mixture(always(POLICY, POLICY), ""))
+    ),
+    **tabular_rows(MIXTURES),
 }
 
 
@@ -244,10 +271,10 @@ def get_sampler(name: str) -> Sampler:
     """Row of the table, or a member of the logit-mixture family, `mix_A_B_P`, see bandit/mixtures.py.
 
     Raises:
-        ValueError: the name is neither.
+        ValueError: the name is neither, or the row has no law here.
     """
     if name in SAMPLERS:
         return SAMPLERS[name]
-    if name.startswith("mix"):
+    if name in MIXTURES or name.startswith("mix"):
         return from_mixture(get_mixture(name))
     raise ValueError(f"unknown sampler {name!r}; known: {', '.join(SAMPLERS)}, mix_A_B_P")

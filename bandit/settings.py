@@ -73,7 +73,7 @@ def make_parser(description: str) -> OneLineParser:
     add = parser.add_argument
     add("--preset", choices=presets.NAMES, help="settings that other flags override (default: paper-exact, or "
         "paper-empirical with --mode empirical or both)")  # fmt: skip
-    add("--mode", choices=["exact", "empirical", "both"], help="exact or sampled gradients (default exact)")
+    add("--mode", choices=list(presets.MODES), help="exact or sampled gradients (default exact)")
     add("--samplers", nargs="+", metavar="NAME", help="rows of the table below (default: the paper's three)")
     add("--rewards", metavar="FILE.npy", help="rewards, shape [|Y|] or [envs, |Y|] (default: drawn)")
     add("--reward_dist", choices=["normal", "uniform"], help="N(0,1) or U[0,1] where drawn (default normal)")
@@ -100,7 +100,7 @@ def make_parser(description: str) -> OneLineParser:
         "--num_samples",
         type=int,
         metavar="N",
-        help="labelled pairs an update, sampled gradients (default 8192)",
+        help="labelled pairs per update, sampled gradients (default 8192)",
     )
     add("--seed", type=int, help="seed of rewards and samples, which are independent streams (default 1)")
     add(

@@ -1,7 +1,6 @@
 """Step sizes. The learning rate multiplies the gradient of the normalised loss (pair weights that sum to 1).
 
-Every rule becomes a gain: u moves by gain * sum_y' w (sigma(Dr) - sigma(d)), w as the sampler gives it, because
-u <- u - beta lr dL/dtheta and dL/dtheta_y = 2 beta sum_y' (w / Z) (sigma(d) - sigma(Dr)), Z = sum of w.
+A number, or a rule that exact.gain knows.
 """
 
 import numpy as np
@@ -10,24 +9,6 @@ from bandit.problem import Bandit, gaps
 from bandit.samplers import Sampler
 
 RULES = ("matched", "theory")
-
-
-def gain(
-    lr: float | str | np.ndarray, sampler: Sampler, bandit: Bandit, total: np.ndarray, log_scale: np.ndarray
-) -> np.ndarray:
-    """Gain [envs, 1] of a number (or one an environment, [envs, 1]), of `matched` or of `theory`.
-
-    matched: lr* = Z / (2 beta^2 |Y|) with Z at the current policy; Z cancels and the gain is exp(log_scale) / |Y|.
-    theory: eta = 1 / (beta^2 |Y|) on a loss whose weights sum to alpha, i.e. lr = eta * alpha. alpha is that of the
-    theorems: sum (1 + e^D) = Z / 2 for the mixtures (so theory = matched), 2 |Y|^2 for DPO-Unif.
-
-    Args:
-        total: sum of the pair weights up to exp(log_scale), [envs, 1].
-    """
-    if not isinstance(lr, str):
-        return 2 * bandit.beta**2 * lr / total
-    ratio = 0.5 if lr == "matched" else sampler.alpha
-    return 2 * ratio * np.exp(log_scale) / bandit.num_actions
 
 
 def matched_lr(sampler: Sampler, bandit: Bandit, u: np.ndarray) -> np.ndarray:

@@ -5,6 +5,8 @@ import io
 
 import numpy as np
 
+from bandit.presets import MODE_KEYS
+
 THRESHOLDS = (1e-2, 1e-4, 1e-8)
 
 # Below this the error of rewards of order 1 is rounding in float64.
@@ -36,11 +38,11 @@ def _median(values: list[float]) -> float | str:
 
 
 def summarize(results: dict[tuple[str, str], dict[str, np.ndarray]]) -> list[dict]:
-    """One row a (sampler, mode): medians over environments; an empty cell is a figure that does not exist."""
+    """One row per (sampler, mode): medians over environments; an empty cell is a figure that does not exist."""
     rows = []
     for (name, mode), series in results.items():
         errors = series["param_diff"]
-        row = {"sampler": name, "mode": mode, "envs": len(errors)}
+        row = {"sampler": name, "mode": MODE_KEYS[mode], "envs": len(errors)}
         for threshold in THRESHOLDS:
             reached = [first_below(error, threshold) for error in errors]
             row[f"updates_to_{threshold:.0e}"] = _median(reached)

@@ -10,7 +10,6 @@ from collections.abc import Callable
 import numpy as np
 
 from bandit import exact, sampled
-from bandit.metrics import mean_gap, value_gap
 from bandit.problem import Bandit
 from bandit.samplers import Sampler
 from bandit.steps import largest_stable_lr
@@ -22,6 +21,9 @@ SAMPLED_SCALES = tuple(2.0**k for k in range(-9, 3))
 
 TOLERANCE = 1e-3
 
+# Exact updates between two looks at who has arrived.
+BLOCK = 25
+
 # Outcome [envs] by name, lower is better; NaN and inf count as worst.
 Outcomes = dict[str, np.ndarray]
 Run = Callable[[Bandit, np.ndarray], Outcomes]
@@ -31,11 +33,6 @@ def stability_limit(sampler: Sampler, bandit: Bandit) -> np.ndarray:
     """The smaller of 2 / curvature at the start (the reference) and at the optimum, [envs]."""
     start = largest_stable_lr(sampler, bandit, np.zeros_like(bandit.rewards))
     return np.minimum(start, largest_stable_lr(sampler, bandit))
-
-
-def rows(bandit: Bandit, part: slice) -> Bandit:
-    """Some of the environments."""
-    return Bandit(bandit.rewards[part], bandit.log_ref[part], bandit.beta, bandit.label_noise)
 
 
 def repeat(bandit: Bandit, times: int) -> Bandit:
@@ -54,21 +51,17 @@ def updates_needed(bandit: Bandit, sampler: Sampler, lr: np.ndarray, max_updates
     Args:
         lr: [envs, 1].
     """
-    increment = exact.make_increment(bandit, sampler, lr)
-    u, out = np.zeros_like(bandit.rewards), np.empty_like(bandit.rewards)
-    target = TOLERANCE * value_gap(bandit, u[None])[0]
+    updates, u = exact.Updates(bandit, sampler, lr), np.zeros_like(bandit.rewards)
     found = {name: np.full(len(u), np.inf) for name in ("updates_param_diff", "updates_value_diff")}
-    for update in range(max_updates + 1):
-        reached = {
-            "updates_param_diff": mean_gap(np.sort(bandit.rewards - u, axis=-1)) <= TOLERANCE,
-            "updates_value_diff": value_gap(bandit, u[None])[0] <= target,
-        }
-        for name, now in reached.items():
-            np.minimum(found[name], np.where(now, update, np.inf), out=found[name])
+    target = None
+    for first in range(0, max_updates + 1, BLOCK):
+        param_diff, _, value_diff, _ = updates.advance(u, min(BLOCK, max_updates + 1 - first))
+        target = TOLERANCE * value_diff[:, :1] if target is None else target
+        for name, reached in zip(found, (param_diff <= TOLERANCE, value_diff <= target), strict=True):
+            arrival = np.where(reached.any(axis=1), first + reached.argmax(axis=1), np.inf)
+            found[name] = np.minimum(found[name], arrival)
         if all(np.isfinite(values).all() for values in found.values()):
             break
-        increment(u, out)
-        u = u + out
     return found
 
 
@@ -76,15 +69,12 @@ def spend_budget(
     bandit: Bandit, sampler: Sampler, lr: np.ndarray, budget: int, pairs: int, stream: np.random.Generator
 ) -> Outcomes:
     """Value gap and mean |delta| after a budget of labelled pairs, `pairs` of them an update; lr [envs, 1]."""
-    increment = sampled.make_joint_increment(bandit, sampler, lr, pairs, stream)
-    u, out = np.zeros_like(bandit.rewards), np.empty_like(bandit.rewards)
+    updates = sampled.Updates(bandit, sampler, lr, pairs, sampled.one_stream(stream, pairs))
+    u = np.zeros_like(bandit.rewards)
     for _ in range(budget // pairs):
-        increment(u, out)
-        u += out
-    return {
-        "value_diff": value_gap(bandit, u[None])[0],
-        "param_diff": mean_gap(np.sort(bandit.rewards - u, axis=-1)),
-    }
+        updates.update(u)
+    param_diff, _, value_diff, _ = exact.measure(bandit, u)
+    return {"value_diff": value_diff, "param_diff": param_diff}
 
 
 def _rank(values: np.ndarray) -> tuple[float, float]:
@@ -104,7 +94,7 @@ def at_tuned_steps(
     Returns:
         For each outcome its values [envs - num_tuning], and the scale chosen for it.
     """
-    tuning, rest = rows(bandit, slice(num_tuning)), rows(bandit, slice(num_tuning, None))
+    tuning, rest = bandit.rows(slice(num_tuning)), bandit.rows(slice(num_tuning, None))
     limits = np.outer(scales, stability_limit(sampler, tuning)).reshape(-1, 1)
     trials = run(repeat(tuning, len(scales)), limits)
     chosen = {}

@@ -1,10 +1,10 @@
-"""Tokens a second of logit-mixture generation: two transformers models in step, our engine, vLLM with one model.
+"""Tokens per second of logit-mixture generation: N transformers models in step, our engine of N, vLLM with one model.
 
 Reads   the quickstart's policy and prompts (alignment/assets). Writes nothing; prints a Markdown table.
 
-Both sides sample the same requests (the sampler mixp: half of the responses from (1.5, -0.5), half from (0.5, 0.5))
-in the same type, with temperature 1 and end tokens that end a response. Models are loaded, engines started and
-warmed up before the clock starts.
+All sides sample the same prompts (two models: the sampler mixp, half of the responses from (1.5, -0.5), half from
+(0.5, 0.5)) in the same type, with temperature 1 and end tokens that end a response. Models are loaded, engines
+started and warmed up before the clock starts. The last rows are requests of the policy alone in an engine of two.
 
     python benchmarks/generation.py
 """
@@ -21,26 +21,26 @@ from benchmarks.harness import ASSETS, Row, growth_row, medians, report, seconds
 
 import torch
 
-from bandit.mixtures import MIXTURES
 from benchmarks.machine import half_dtype, memory_bandwidth, multiply_rate
 from common.models import load_causal_lm, load_tokenizer, stop_token_ids
 from generation.backend_hf import left_pad
 from generation.backend_vllm import VLLMGenerator
-from generation.interface import Request, Sampling
-from generation.plan import Plan, requests
-from generation.prompts import load_prompts
+from generation.prompts import Template, load_prompts
+from generation.sampling import Request, Sampling, stream_seed
 
 POLICY = str(ASSETS / "policy")
 LONGEST_PROMPT = 96  # tokens
 BATCH = 20  # of the published loop
-LOOP, MIXTURE, ALONE = "two transformers models in step", "mixture", "vLLM with the policy alone"
+COUNTS = (1, 2, 3)  # models; an engine of one is vLLM without the plugin
+# Both sides of a pair, by the number of models; each weighs all of them.
+SIDES = {1: [(1.0,)] * 2, 2: [(1.5, -0.5), (0.5, 0.5)], 3: [(1.5, -0.25, -0.25), (0.5, 0.25, 0.25)]}
 
 
-class TwoModelsInStep:
-    """The published way: policy and reference each with a KV cache, a batch of 20 until the last one ends."""
+class ModelsInStep:
+    """The published way: each model with a KV cache, a batch of 20 until the last one ends."""
 
-    def __init__(self, policy: str, reference: str, dtype: str) -> None:
-        self.models = [load_causal_lm(name, "model", dtype) for name in (policy, reference)]
+    def __init__(self, count: int, dtype: str) -> None:
+        self.models = [load_causal_lm(POLICY, "model", dtype) for _ in range(count)]
 
     def generate(self, wanted: list[Request], sampling: Sampling) -> int:
         """How many tokens were sampled until each response ended, its end token counted."""
@@ -54,7 +54,7 @@ class TwoModelsInStep:
         weights = torch.tensor([request.weights for request in batch])
         stop = torch.tensor(sampling.stop_token_ids)
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        caches, going, tokens = [None, None], torch.ones(len(batch), dtype=torch.bool), 0
+        caches, going, tokens = [None] * len(self.models), torch.ones(len(batch), dtype=torch.bool), 0
         for _ in range(sampling.max_new_tokens):
             logits = 0
             for side, model in enumerate(self.models):
@@ -79,22 +79,24 @@ class TwoModelsInStep:
 
 
 class Engine:
-    """Our engine: the mixture, or vLLM with the policy alone."""
+    """Our engine: a mixture, or vLLM with the policy alone."""
 
-    def __init__(self, reference: str | None, args: argparse.Namespace) -> None:
+    def __init__(self, count: int, args: argparse.Namespace) -> None:
         longest = LONGEST_PROMPT + args.max_new_tokens
-        self.generator = VLLMGenerator(POLICY, reference, args.dtype, longest, max_num_seqs=args.slots)
+        policy, reference, *others = [*[POLICY] * count, None][: max(2, count)]
+        options = {"max_num_seqs": args.slots, "others": others}
+        self.generator = VLLMGenerator(policy, reference, args.dtype, longest, **options)
 
     def generate(self, wanted: list[Request], sampling: Sampling) -> int:
         self.generator.llm.reset_prefix_cache()  # prompts of the turn before are not remembered
-        return sum(response.num_tokens for response in self.generator.generate(wanted, sampling))
+        return sum(len(response.token_ids) for response in self.generator.generate(wanted, sampling))
 
 
 def limits(policy: torch.nn.Module, dtype: str, slots: int, prompt: float, length: int) -> tuple[float, float]:
-    """Tokens a second of two such models that reading memory, and that multiplying, allow.
+    """Return the tokens per second of one such model that reading memory, and that multiplying, allow.
 
     Args:
-        policy: one of the two models.
+        policy: the model.
         dtype: of weights and caches.
         slots: responses sampled at a time.
         prompt, length: mean prompt and longest response, tokens.
@@ -103,16 +105,22 @@ def limits(policy: torch.nn.Module, dtype: str, slots: int, prompt: float, lengt
     parameters = sum(p.numel() for p in policy.parameters())
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * width
     # A decoding step reads all weights, and of each response the cache, which is half full on average.
-    read = 2 * (parameters * width + slots * (prompt + length / 2) * per_token)
+    read = parameters * width + slots * (prompt + length / 2) * per_token
     # The prompt goes through the layers too, but not through the head.
-    multiplied = 2 * 2 * (parameters + prompt / length * (parameters - policy.lm_head.weight.numel()))
+    multiplied = 2 * (parameters + prompt / length * (parameters - policy.lm_head.weight.numel()))
     return slots * memory_bandwidth() / read, multiply_rate(dtype) / multiplied
 
 
-def make_requests(tokenizer, prompts: int) -> list[Request]:
-    """Two responses a prompt, one from each side of the sampler mixp."""
-    found, _ = load_prompts([str(ASSETS / "prompts.jsonl")], tokenizer, "chat", LONGEST_PROMPT, end=prompts)
-    return list(requests(Plan(found, 0, MIXTURES["mixp"].pairs(0.1), 2, seed=0), {}))
+def make_prompts(tokenizer, count: int) -> list[list[int]]:
+    """Token ids of prompts."""
+    found, _ = load_prompts([str(ASSETS / "prompts.jsonl")], tokenizer, Template("chat"), LONGEST_PROMPT, end=count)
+    return [prompt.token_ids for prompt in found]
+
+
+def make_requests(prompts: list[list[int]], sides: list[tuple[float, ...]]) -> list[Request]:
+    """Two responses per prompt, one from each side."""
+    wanted = [(i, j, ids) for i, ids in enumerate(prompts) for j in range(2)]
+    return [Request(f"{i}.{j}", ids, sides[j], stream_seed(0, i, j)) for i, j, ids in wanted]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -141,58 +149,63 @@ def measure_all(sides: dict, sampling: Sampling) -> tuple[dict[str, float], dict
 def main() -> None:
     args = parser().parse_args()
     tokenizer = load_tokenizer(POLICY, "policy")
-    wanted, more = (make_requests(tokenizer, n * args.prompts) for n in (1, 4))
+    prompts = make_prompts(tokenizer, 4 * args.prompts)
     sampling = Sampling(1.0, args.max_new_tokens, stop_token_ids(tokenizer, POLICY))
-    loop = TwoModelsInStep(POLICY, POLICY, args.dtype)
-    ours, alone = (Engine(reference, args) for reference in (POLICY, None))
-    sides = {
-        LOOP: (loop, wanted),
-        MIXTURE: (ours, wanted),
-        ALONE: (alone, wanted),
-        "4x": (ours, more),
-    }
+    engines = {count: Engine(count, args) for count in COUNTS}
+    few = prompts[: args.prompts]
+    loops = {count: ModelsInStep(count, args.dtype) for count in COUNTS}
+    sides = {f"loop {n}": (loops[n], make_requests(few, SIDES[n])) for n in COUNTS}
+    sides |= {f"engine {n}": (engines[n], make_requests(few, SIDES[n])) for n in COUNTS}
+    sides["policy alone in 2"] = engines[2], make_requests(few, [(1.0, 0.0)] * 2)
+    sides["4x"] = engines[2], make_requests(prompts, SIDES[2])
     times, tokens = measure_all(sides, sampling)
-    prompt = statistics.mean(len(request.prompt_ids) for request in wanted)
-    floors = limits(loop.models[0], args.dtype, min(args.slots, len(wanted)), prompt, args.max_new_tokens)
-    bound = shares(lambda: ours.generate(wanted, sampling))
-    report("Generation", words(args, wanted), rows(times, tokens, floors, bound))
+    length = statistics.mean(map(len, few))
+    floors = limits(loops[1].models[0], args.dtype, min(args.slots, 2 * len(few)), length, args.max_new_tokens)
+    bound = shares(lambda: engines[2].generate(sides["engine 2"][1], sampling))
+    report("Generation", words(args, 2 * len(few)), rows(times, tokens, floors, bound))
 
 
 def rows(times: dict[str, float], tokens: dict[str, int], floors: tuple[float, float], bound: str) -> list[Row]:
     """The table's lines."""
     rate = {name: tokens[name] / times[name] for name in times}
-    figures = {name: f"{value:.0f} tokens/s" for name, value in rate.items()}
-    limit = f"{min(floors):.0f} tokens/s (memory {floors[0]:.0f}, arithmetic {floors[1]:.0f})"
-    return [
-        Row(
-            f"(a) {LOOP}",
-            figures[LOOP],
-            figures[MIXTURE],
-            f"{rate[MIXTURE] / rate[LOOP]:.2f}",
-            ">= 2.5",
-            limit,
+
+    def row(case: str, baseline: str, ours: str, factor: float, *rest: str) -> Row:
+        figures = (f"{rate[name]:.0f} tokens/s" for name in (baseline, ours))
+        return Row(case, *figures, f"{factor * rate[ours] / rate[baseline]:.2f}", *rest)
+
+    def limit(count: int) -> str:
+        memory, arithmetic = (floor / count for floor in floors)
+        return f"{min(memory, arithmetic):.0f} tokens/s (memory {memory:.0f}, arithmetic {arithmetic:.0f})"
+
+    reach = {1: "-", 2: ">= 2.5", 3: "-"}
+    found = [
+        row(
+            f"{n} transformers model(s) in step; engine of {n}",
+            f"loop {n}",
+            f"engine {n}",
+            1,
+            reach[n],
+            limit(n),
             bound,
-        ),
-        Row(
-            f"(b) {ALONE}",
-            figures[ALONE],
-            figures[MIXTURE],
-            f"{rate[MIXTURE] / rate[ALONE]:.2f}",
-            ">= 0.48",
-            "0.5 where the models' work is all",
-            "the second model",
-        ),
-        growth_row("mixture, 4x the prompts", times[MIXTURE], times["4x"]),
+        )
+        for n in COUNTS
     ]
+    found += [
+        row(f"vLLM with one model; engine of {n}, ratio times {n}", "engine 1", f"engine {n}", n, ">= 0.95", "1")
+        for n in COUNTS[1:]
+    ]
+    case = "vLLM with one model; its requests in an engine of 2"
+    found.append(row(case, "engine 1", "policy alone in 2", 1, ">= 0.9", "1", "as the engine of one"))
+    return [*found, growth_row("engine of 2, 4x the prompts", times["engine 2"], times["4x"])]
 
 
-def words(args: argparse.Namespace, wanted: list[Request]) -> str:
+def words(args: argparse.Namespace, responses: int) -> str:
     """What was run."""
     return (
-        f"SmolLM2-135M as policy and as reference, {args.dtype} on both sides; {args.prompts} prompts x 2 responses "
-        f"of at most {args.max_new_tokens} tokens, end tokens on; the loop in batches of {BATCH}, our engine "
-        f"{args.slots} at a time. Models are loaded and engines started before the clock starts. Limit: the slower "
-        "of reading weights and caches at the measured bandwidth and of multiplying at the measured rate."
+        f"SmolLM2-135M as every model, {args.dtype} on both sides; {responses} responses of at most "
+        f"{args.max_new_tokens} tokens, end tokens on; the loop in batches of {BATCH}, our engine {args.slots} at a "
+        "time. Models are loaded and engines started before the clock starts. Limit: the slower of reading weights "
+        "and caches at the measured bandwidth and of multiplying at the measured rate."
     )
 
 

@@ -1,6 +1,11 @@
-"""Settings of every test process: no network, no telemetry, one thread for tiny models, one engine per process."""
+"""Settings of every test process: no network, no telemetry, one thread for tiny models, one engine per process.
+
+Started in the background of a shell or under nohup, SIGINT is ignored and would be by all that the tests start; tests
+that interrupt processes need the default back.
+"""
 
 import os
+import signal
 
 os.environ.update(
     HF_HUB_OFFLINE="1",
@@ -12,3 +17,6 @@ os.environ.update(
     DS_ACCELERATOR="cpu",
 )
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,15 +1,25 @@
-"""Scores every response of a data file with a reward model.
+"""Scores every response of a data file with a reward model, or with a Python function of your own.
 
 Reads:   a data file of generate.py, or any JSON of the form {"instances": [{"prompt", "responses": [K]}]}.
-Writes:  the same file with `rewards` [K] in every instance; while it runs, a journal beside it, from which a second
-         run of the same command continues.
+Writes:  the same file with `rewards` [K] in every instance, all other fields untouched; while it runs, a journal
+         beside it, from which a second run of the same command continues.
 
     python alignment/annotate_data/get_rewards.py --dataset_name_or_path gen_data.json \\
         --reward_name_or_path sfairXC/FsfairX-LLaMA3-RM-v0.1 --output_file data_with_rewards.json
+
+    python alignment/annotate_data/get_rewards.py --dataset_name_or_path gen_data.json \\
+        --reward_function rules.py:exact_answer --output_file data_with_rewards.json
+
+where rules.py holds, for example,
+
+    def exact_answer(prompt: str, responses: list[str], fields: dict) -> list[float]:
+        return [float(response.strip() == fields["answer"]) for response in responses]
+
+It is called once per instance with its other fields, and returns one finite number per response.
 """
 
+import array
 import contextlib
-import functools
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,21 +27,27 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from annotate_data.texts import TEMPLATES, check_template, instance_texts
+from annotate_data.reward_function import FunctionRewards
+from annotate_data.texts import TEMPLATES
 from common import scale_out
 from common.cli import Parser, UserError, natural, positive_int, run
 from common.journal import is_done, journal
-from common.models import default_dtype
-from common.provenance import data_inputs, model_inputs, provenance
-from common.records import read_provenance, read_records, sha256, write_records
+from common.provenance import data_inputs, provenance
+from common.record_stream import RecordStream
+from common.records import sha256, write_records
 
 
 def parser() -> Parser:
     """The command line."""
     flags = Parser(__doc__)
     flags.add("--dataset_name_or_path", "data file(s) with the responses", nargs="+", required=True)
-    flags.add("--reward_name_or_path", "reward model: folder or hub name, one label or several", required=True)
-    flags.add("--output_file", "where the scored data goes, one for each data file", nargs="+", required=True)
+    flags.add("--reward_name_or_path", "reward model: folder or hub name, one label or several")
+    flags.add(
+        "--reward_function",
+        "instead of a model: FILE.py:NAME, a function (prompt, responses, fields) → one number per response; "
+        "the file is run as Python code",
+    )
+    flags.add("--output_file", "where the scored data goes, one per data file", nargs="+", required=True)
     flags.add(
         "--reward_template",
         "none: the model reads prompt + response as they stand in the file (as published); chat: the reward "
@@ -53,21 +69,42 @@ def parser() -> Parser:
     return flags
 
 
+# What would change a model's scores; a function has no use for it.
+OF_A_MODEL = {
+    "reward_template": "none",
+    "reward_column": None,
+    "max_length": None,
+    "dtype": None,
+    "trust_remote_code": False,
+}
+
+
 def main() -> None:
     args = parser().parse_args()
-    todo = [(source, output) for source, output in files(args) if not is_annotated(args, source, output)]
-    if not todo:
-        return
-    from annotate_data.scorer import TextBatches
+    rewards = reward_source(args)
+    jobs = [Job(source, output, rewards) for source, output in files(args)]
+    jobs = [job for job in jobs if not job.is_done()]
+    if jobs:
+        rewards.prepare(jobs)
+        annotate(rewards, jobs)
 
-    encoder = TextBatches(args.reward_name_or_path, **reading_options(args))
-    check_template(args.reward_template, encoder.tokenizer, args.reward_name_or_path)
-    jobs = [Job(args, source, output, encoder) for source, output in todo]
-    annotate(args, jobs, model_inputs({"reward model": args.reward_name_or_path}))
+
+def reward_source(args):
+    """The model or the function that scores; neither is loaded yet."""
+    if (args.reward_name_or_path is None) == (args.reward_function is None):
+        raise UserError("one of --reward_name_or_path and --reward_function is needed, and only one")
+    if args.reward_function is not None:
+        for name, default in OF_A_MODEL.items():
+            if getattr(args, name) != default:
+                raise UserError(f"--{name}: is for a reward model and has no effect on --reward_function")
+        return FunctionRewards(args.reward_function)
+    from annotate_data.model_rewards import ModelRewards
+
+    return ModelRewards(args)
 
 
 def files(args) -> list[tuple[str, str]]:
-    """(input, output) of every data file. Raises `UserError` unless there is one output an input."""
+    """(input, output) of every data file. Raises `UserError` unless there is one output per input."""
     if len(args.dataset_name_or_path) != len(args.output_file):
         raise UserError("--dataset_name_or_path and --output_file must have the same number of values")
     if len(set(args.output_file)) != len(args.output_file):
@@ -75,159 +112,118 @@ def files(args) -> list[tuple[str, str]]:
     return list(zip(args.dataset_name_or_path, args.output_file, strict=True))
 
 
-def is_annotated(args, source: str, output: str) -> bool:
-    """Whether the output is there already; reads the input, so that a wrong one is refused before a model loads."""
-    read_records(source)
-    if not is_done(output, "annotate", stage_settings(args, source)):
-        return False
-    print(f"{output}: already done")
-    return True
-
-
 class Job:
-    """One data file that is being scored.
+    """One data file that is being scored; reads and checks it, so that a wrong one is refused before a model loads.
+
+    Text `i` is response `i % K` of row `i // K`. In the journal "row/response" stands for it.
+
+    Args:
+        source, output: the files.
+        rewards: a `ModelRewards` or `FunctionRewards`.
 
     Attributes:
-        texts: (row, response index, text that the reward model reads), in file order.
-        book: its journal, in which "row/response index" stands for a text; there from `open` on.
+        records: the instances.
+        settings: what decides the scores.
+        note: what is to be said of the texts in the end.
+        journal: there from `open` on; so is
+        scored: indices of the texts that had a score then.
     """
 
-    def __init__(self, args, source: str, output: str, encoder) -> None:
-        self.source, self.output, self.encoder = source, output, encoder
-        self.instances, self.made_with = read_records(source)
-        self.texts = all_texts(self.instances, self.made_with, source, args.reward_template, encoder.tokenizer)
-        self.settings = stage_settings(args, source)
+    def __init__(self, source: str, output: str, rewards) -> None:
+        self.source, self.output, self.rewards = source, output, rewards
+        self.records = RecordStream(source)
+        self.settings = {"dataset_sha256": sha256(source), **rewards.settings}
+        self.note = ""
 
-    def open(self, stack: contextlib.ExitStack) -> list:
-        """Opens the journal until the stack ends; returns the batches that hold texts without a score."""
-        self.book = stack.enter_context(journal(self.output, self.settings))
-        scored = {i for i in range(len(self.texts)) if self._key(i) in self.book.rows}
-        before = self.encoder.cut
-        batches = list(self.encoder.batches([text for _, _, text in self.texts], skip=scored))
-        self.cut = self.encoder.cut - before
-        return batches
+    def __len__(self) -> int:
+        return self.records.count * self.records.responses_each
+
+    def is_done(self) -> bool:
+        """Whether the output is there already."""
+        done = is_done(self.output, "annotate", self.settings)
+        if done:
+            print(f"{self.output}: already done")
+        return done
+
+    def open(self, stack: contextlib.ExitStack) -> None:
+        """Opens the journal until the stack ends."""
+        self.journal = stack.enter_context(journal(self.output, self.settings))
+        self.scored = {i for i in range(len(self)) if self._key(i) in self.journal.rows}
+
+    def place(self, i: int) -> tuple[int, int]:
+        """Row and response index of text `i`."""
+        return divmod(i, self.records.responses_each)
+
+    def indices_of(self, row: int) -> range:
+        """Indices of a row's texts."""
+        return range(row * self.records.responses_each, (row + 1) * self.records.responses_each)
 
     def _key(self, i: int) -> str:
-        row, k, _ = self.texts[i]
+        row, k = self.place(i)
         return f"{row}/{k}"
 
-    def add(self, indices: list[int], scores: list[float]) -> None:
-        """Records the scores of a batch that are not there yet. Raises `UserError` for one that is not finite."""
+    def add(self, indices: Sequence[int], scores: list[float]) -> int:
+        """Records scores that are not there yet; how many. Raises `UserError`, before, if one is not finite."""
         for i, score in zip(indices, scores, strict=True):
-            row, k, text = self.texts[i]
             if not math.isfinite(score):
+                row, k = self.place(i)
+                text = self.rewards.text(self, i)[:60]
                 raise UserError(
-                    f"{self.source}: row {row}: response {k} was given the score {score} (text {text[:60]!r} …)"
+                    f"{self.source}: row {row}: response {k} was given the score {score} (text {text!r} …)"
                 )
-            if self._key(i) not in self.book.rows:
-                self.book.add(self._key(i), score)
+        found = dict(zip(map(self._key, indices), scores, strict=True))
+        new = {key: score for key, score in found.items() if key not in self.journal.rows}
+        for key, score in new.items():
+            self.journal.add(key, score)
+        return len(new)
 
-    def finish(self, models: list[dict]) -> None:
+    def finish(self, inputs: list[dict]) -> None:
         """Writes the output if every text has its score."""
-        if len(self.book.rows) < len(self.texts):
+        if len(self.journal.rows) < len(self):
             return
-        rows = with_rewards(self.instances, self.book.rows)
-        made_from = provenance([], models + data_inputs([self.source]))
-        stages = {**read_provenance(self.source), "annotate": made_from}
-        write_records(self.output, rows, {**self.made_with, "annotate": self.settings}, stages)
-        self.book.close(done=True)
-        cut = f"; {self.cut} texts were cut to {self.encoder.max_length} tokens" if self.cut else ""
-        print(f"{self.output}: {summary(rows)}{cut}")
+        made_from = provenance([], inputs + data_inputs([self.source]))
+        settings = {**self.records.settings, "annotate": self.settings}
+        every = array.array("d")
+        write_records(
+            self.output, self._with_rewards(every), settings, {**self.records.provenance, "annotate": made_from}
+        )
+        self.journal.close(done=True)
+        print(f"{self.output}: {summary(every, self.records.responses_each)}{self.note}")
+
+    def _with_rewards(self, every: array.array) -> Iterator[dict]:
+        """Yields the instances with their `rewards`, which are added to `every`."""
+        for row, instance in enumerate(self.records):
+            rewards = [self.journal.rows[self._key(i)] for i in self.indices_of(row)]
+            every.extend(rewards)
+            yield {**instance, "rewards": rewards}
 
 
-def annotate(args, jobs: list[Job], models: list[dict]) -> None:
+def annotate(rewards, jobs: list[Job]) -> None:
     """Scores the files; each score is in its file's journal as soon as its batch is done."""
     from tqdm import tqdm
 
+    inputs = rewards.inputs()
     with contextlib.ExitStack() as stack:
-        work = [(job, batch) for job in jobs for batch in job.open(stack)]
-        # The bar goes to standard output: standard error is for the one line of an error.
-        bar = tqdm(desc="scoring", unit="text", file=sys.stdout, mininterval=1)
-        stack.callback(bar.close)
-        bar.total, bar.n = sum(len(job.texts) for job in jobs), sum(len(job.book.rows) for job in jobs)
         for job in jobs:
-            job.finish(models)
-        for number, scores in all_scores(args, [batch.rows for _, batch in work]):
-            job, batch = work[number]
-            before = len(job.book.rows)
-            job.add(batch.indices, scores)
-            bar.update(len(job.book.rows) - before)
-            job.finish(models)
+            job.open(stack)
+        # The bar goes to standard output: standard error is for the one line of an error.
+        bar = tqdm(desc="scoring", unit=rewards.unit, file=sys.stdout, mininterval=1)
+        stack.callback(bar.close)
+        bar.total, bar.n = sum(map(len, jobs)), sum(len(job.journal.rows) for job in jobs)
+        for job in jobs:
+            job.finish(inputs)
+        for job, indices, scores in rewards.scores(jobs):
+            bar.update(job.add(indices, scores))
+            job.finish(inputs)
         if bar.n < bar.total:
             raise UserError("scoring ended before all texts had a score; the same command continues from here")
 
 
-def stage_settings(args, source: str) -> dict:
-    """What decides the scores; the token budget does not."""
-    return {
-        "dataset_sha256": sha256(source),
-        "reward_name_or_path": args.reward_name_or_path,
-        "reward_template": args.reward_template,
-        "reward_column": args.reward_column,
-        "max_length": args.max_length,
-        "dtype": args.dtype or default_dtype(),
-    }
-
-
-def reading_options(args) -> dict:
-    """How the command line wants texts to be read."""
-    return {
-        "max_length": args.max_length,
-        "token_budget": args.token_budget,
-        "trust_remote_code": args.trust_remote_code,
-    }
-
-
-def note(text: str) -> None:
-    """Prints below the bar."""
-    print(f"\n{text}", flush=True)
-
-
-def all_scores(args, work: list[list[Sequence[int]]]) -> Iterator[tuple[int, list[float]]]:
-    """Yields (number of the batch, scores of its token lists) as batches are done, by one scorer or several."""
-    from annotate_data.scorer import RewardScorer, ScoringEngine
-
-    options = {"column": args.reward_column, "dtype": args.dtype or default_dtype(), **reading_options(args)}
-    if not work:
-        return
-    if args.num_engines == 1:
-        scorer = RewardScorer(args.reward_name_or_path, say=note, **options)
-        yield from enumerate(map(scorer.score_rows, work))
-        return
-    make_engine = functools.partial(ScoringEngine, args.reward_name_or_path, **options)
-    engines = scale_out.start(args.num_engines)
-    for number, (scores, notes) in scale_out.answers(make_engine, work, engines):
-        for text in notes:
-            note(text)
-        yield number, scores
-
-
-def all_texts(
-    instances: list[dict], settings: dict, source: str, template: str, tokenizer
-) -> list[tuple[int, int, str]]:
-    """(row, response index, text that the reward model reads), in file order."""
-    policy_template = (settings.get("generate") or {}).get("template")
-    found = []
-    for row, instance in enumerate(instances):
-        texts = instance_texts(instance, template, tokenizer, f"{source}: row {row}", policy_template)
-        found += [(row, k, text) for k, text in enumerate(texts)]
-    return found
-
-
-def with_rewards(instances: list[dict], scores: dict[str, float]) -> list[dict]:
-    """The instances with their `rewards`, from "row/response index" → score."""
-    return [
-        {**instance, "rewards": [scores[f"{row}/{k}"] for k in range(len(instance["responses"]))]}
-        for row, instance in enumerate(instances)
-    ]
-
-
-def summary(instances: list[dict]) -> str:
-    """Mean and best-of-K reward."""
-    every = [reward for instance in instances for reward in instance["rewards"]]
-    best = [max(instance["rewards"]) for instance in instances]
+def summary(every: Sequence[float], responses_each: int) -> str:
+    """Mean and best-of-K reward of all rewards in file order, K (`responses_each`) per prompt."""
+    best = [max(every[i : i + responses_each]) for i in range(0, len(every), responses_each)]
     return (
-        f"{len(instances)} prompts, {len(every)} responses: mean reward {sum(every) / len(every):.4f}, "
+        f"{len(best)} prompts, {len(every)} responses: mean reward {sum(every) / len(every):.4f}, "
         f"best-of-K reward {sum(best) / len(best):.4f}"
     )
 

@@ -1,9 +1,7 @@
 """Scores of texts under a sequence-classification reward model, in batches that do not change the scores."""
 
-import array
 import itertools
-from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import torch
 
@@ -18,22 +16,12 @@ WINDOW = 4096
 TOKEN_BUDGET = {"cuda": 16384, "cpu": 2048}
 
 
-class Batch(NamedTuple):
-    """Texts that are scored together: their indices, and their token ids, the longest first.
-
-    A script holds all batches of a file, so ids are arrays of 4 bytes a token (a list takes up to 36).
-    """
-
-    indices: list[int]
-    rows: list[array.array]
-
-
 class TextBatches:
     """What the reward model reads of texts, in batches that depend on texts and token budget alone; without weights.
 
     Args:
         name: a folder or hub name of an `AutoModelForSequenceClassification`.
-        max_length: tokens kept of a text; None = what the tokenizer or the model allows.
+        max_length: tokens kept of a text, as far as tokenizer and model allow them; None = all of these.
         token_budget: most tokens, padding included, in one forward pass; None = what suits this machine's
             device, see TOKEN_BUDGET.
         trust_remote_code: whether the model may bring its own Python code.
@@ -50,27 +38,52 @@ class TextBatches:
         trust_remote_code: bool = False,
     ) -> None:
         config = load_config(name, "reward model", trust_remote_code)
+        self.name, self.vocabulary = name, config.get_text_config().vocab_size
         self.tokenizer = load_tokenizer(name, "reward model", trust_remote_code)
-        self.max_length = _length_limit(self.tokenizer, config, max_length)
+        limits = (max_length, context_length(config, self.tokenizer))
+        self.max_length = min((limit for limit in limits if limit is not None), default=None)
         self.token_budget = token_budget or TOKEN_BUDGET[default_device()]
         self.cut = 0
 
-    def batches(self, texts: list[str], skip: Collection[int] = frozenset()) -> Iterator[Batch]:
-        """Batches of similar length, longest text of a window first.
-
-        Those whose texts are all in `skip` (indices that need no score) are left out; the others do not depend on
-        it: a continued run computes the same numbers.
-        """
-        for start in range(0, len(texts), WINDOW):
-            tokens, cut = encode(self.tokenizer, texts[start : start + WINDOW], self.max_length)
+    def encode_all(self, texts: Iterable[tuple[str, str]]) -> Iterator[list[int]]:
+        """Yields the token ids of each text with its response; only a window of texts is in memory."""
+        texts = iter(texts)
+        while window := list(itertools.islice(texts, WINDOW)):
+            whole, responses = map(list, zip(*window, strict=True))
+            tokens, cut = encode(self.tokenizer, whole, self.max_length, responses)
             self.cut += sum(cut)
-            waiting = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
-            while waiting:
-                size = within_budget(len(waiting), len(tokens[waiting[0]]), self.token_budget)
-                indices = [start + i for i in waiting[:size]]
-                if not all(i in skip for i in indices):
-                    yield Batch(indices, [array.array("i", tokens[i]) for i in waiting[:size]])
-                waiting = waiting[size:]
+            for ids in tokens:
+                self._check_ids(ids)
+                yield ids
+
+    def _check_ids(self, ids: list[int]) -> None:
+        highest = max(ids, default=0)
+        if highest >= self.vocabulary:  # a token that was added to the tokenizer only
+            token = self.tokenizer.convert_ids_to_tokens(highest)
+            raise UserError(
+                f"reward model {self.name}: a text holds the token {token!r}, whose id {highest} is beyond the "
+                f"model's vocabulary of {self.vocabulary}"
+            )
+
+
+def length_batches(lengths: Sequence[int], budget: int, skip: Collection[int] = frozenset()) -> Iterator[list[int]]:
+    """Yields indices of texts of similar length, the longest of a window first.
+
+    Batches whose texts are all in `skip` (indices that need no score) are left out; the others do not depend on
+    it: a continued run computes the same numbers.
+
+    Args:
+        lengths: tokens of each text.
+        budget: most tokens of a batch, padding included.
+    """
+    for start in range(0, len(lengths), WINDOW):
+        window = range(start, min(start + WINDOW, len(lengths)))
+        waiting = sorted(window, key=lambda i: -lengths[i])
+        while waiting:
+            size = within_budget(len(waiting), lengths[waiting[0]], budget)
+            if not all(i in skip for i in waiting[:size]):
+                yield waiting[:size]
+            waiting = waiting[size:]
 
 
 class RewardScorer(TextBatches):
@@ -105,9 +118,10 @@ class RewardScorer(TextBatches):
 
     def stream(self, texts: list[str], skip: Collection[int] = frozenset()) -> Iterator[tuple[int, float]]:
         """Yields (index, score) of the texts that are not in `skip`, as batches finish."""
-        for batch in self.batches(texts, skip):
-            scores = self.score_rows(batch.rows)
-            yield from (pair for pair in zip(batch.indices, scores, strict=True) if pair[0] not in skip)
+        rows = list(self.encode_all((text, "") for text in texts))
+        for indices in length_batches([len(row) for row in rows], self.token_budget, skip):
+            scores = self.score_rows([rows[i] for i in indices])
+            yield from (pair for pair in zip(indices, scores, strict=True) if pair[0] not in skip)
 
     def score_rows(self, rows: list[Sequence[int]]) -> list[float]:
         """Scores of a batch's token lists: in one pass, unless padding or memory forbids that."""
@@ -187,9 +201,11 @@ def pad_right(rows: list[Sequence[int]], config) -> dict[str, torch.Tensor] | No
         {input_ids [B, T], attention_mask [B, T]}, or None if several rows together use every id.
     """
     text_config = config.get_text_config()
-    used = set(itertools.chain.from_iterable(rows)) | {text_config.eos_token_id}
-    candidates = itertools.chain([text_config.pad_token_id], range(text_config.vocab_size))
-    pad = next((i for i in candidates if i is not None and i not in used), None)
+    eos = text_config.eos_token_id
+    used = set(itertools.chain.from_iterable(rows)).union(eos if isinstance(eos, list) else [eos])
+    vocabulary = range(text_config.vocab_size)
+    candidates = itertools.chain([text_config.pad_token_id], vocabulary)
+    pad = next((i for i in candidates if i in vocabulary and i not in used), None)
     if pad is None and len(rows) > 1:
         return None
     config.pad_token_id = text_config.pad_token_id = pad
@@ -206,10 +222,3 @@ def _checked_column(name: str, labels: int, column: int | None) -> int:
     if column is not None and column >= labels:
         raise UserError(f"reward model {name}: --reward_column {column}, but it has {labels} label(s)")
     return column or 0
-
-
-def _length_limit(tokenizer, config, max_length: int | None) -> int | None:
-    """The given length, else the tokenizer's (a huge number there means "unknown"), else the model's context."""
-    if max_length:
-        return max_length
-    return tokenizer.model_max_length if tokenizer.model_max_length < 10**9 else context_length(config)

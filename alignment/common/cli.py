@@ -7,7 +7,7 @@ Usage in a script::
         ...
 
     if __name__ == "__main__":
-        run(main)  # run(each(main)) where several command lines may follow one another
+        run(main)
 """
 
 import argparse
@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 # Nothing the pipeline starts reports home; a user's own setting wins. The libraries read this when they are imported,
 # so every script imports this module before them.
@@ -45,7 +45,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def add(self, flag: str, text: str, **options) -> None:
-        """Adds a flag; its help is `text` followed by the default, where there is one."""
+        """Add a flag; its help is `text` followed by the default, where there is one."""
         default = options.get("default")
         if default is not None and default is not False:
             text += f" (default: {default})"
@@ -56,19 +56,19 @@ class Parser(argparse.ArgumentParser):
 
 
 def fail(message: str, program: str | None = None) -> None:
-    """Prints one line on standard error and exits with code 2."""
+    """Print one line on standard error and exits with code 2."""
     line = " ".join(str(message).split())
     print(f"{program or os.path.basename(sys.argv[0])}: error: {line}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says; its kind where it says nothing."""
+    """Return the first line of what an error says; its kind where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a script's `main`: a `UserError` becomes one line and exit code 2, Ctrl-C and SIGTERM exit code 130."""
+    """Run a script's `main`: a `UserError` becomes one line and exit code 2, Ctrl-C and SIGTERM exit code 130."""
     try:
         main()
     except UserError as error:
@@ -78,28 +78,22 @@ def run(main: Callable[[], None]) -> None:
         raise SystemExit(130) from None
 
 
-def each(main: Callable[[], None]) -> Callable[[], None]:
-    """A `main` for several command lines in turn, `FLAGS --then FLAGS`: the libraries are imported once for all.
+def command_lines(parser: Parser) -> Iterator[argparse.Namespace]:
+    """Yield the flags of each command line of `FLAGS --then FLAGS ...`: the libraries are imported once for all.
 
-    What is wrong with a later one is found when its turn comes; what the earlier ones wrote stays. What concerns the
-    machine (number and size of engines) should be the same in all.
+    All are parsed before the first one's turn. What else is wrong with a later one is found when its turn comes; what
+    the earlier ones wrote stays. Number and size of engines should be the same in all.
     """
-
-    def mains() -> None:
-        script, *words = sys.argv
-        lines: list[list[str]] = [[]]
-        for word in words:
-            if word == "--then":
-                lines.append([])
-            else:
-                lines[-1].append(word)
-        for number, flags in enumerate(lines, 1):
-            if len(lines) > 1:
-                print(f"[{number} of {len(lines)}]", flush=True)
-            sys.argv = [script, *flags]
-            main()
-
-    return mains
+    lines: list[list[str]] = [[]]
+    for word in sys.argv[1:]:
+        if word == "--then":
+            lines.append([])
+        else:
+            lines[-1].append(word)
+    for number, args in enumerate([parser.parse_args(line) for line in lines], 1):
+        if len(lines) > 1:
+            print(f"[{number} of {len(lines)}]", flush=True)
+        yield args
 
 
 def _say_stopped() -> None:
@@ -124,7 +118,7 @@ if threading.current_thread() is threading.main_thread():
 
 
 def checked(kind: Callable, test: Callable[[float], bool], wanted: str) -> Callable:
-    """An argparse type: `kind(text)` if it passes `test`, else an error that says what is wanted."""
+    """Return an argparse type: `kind(text)` if it passes `test`, else an error that says what is wanted."""
 
     def convert(text: str):
         try:

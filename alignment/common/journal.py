@@ -1,19 +1,26 @@
 """How a stage never loses or fakes work: it is done when its final file exists, made with the same settings.
 
-Until then finished rows go to a journal beside that file (one JSON object a line), from which a second run of the
-same command continues.
+Until then finished rows go to a journal beside that file, from which a second run of the same command continues. A
+journal is one JSON object per line::
+
+    {"crc32": "…", "settings": {...}}
+    {"crc32": "…", "made_with": "…", "key": "0.1", "row": {...}}
+
+`crc32` is that of the line's bytes after it, `made_with` that of the settings. So each row stands for itself:
+whatever else of the file a power cut or a bad sector has damaged, the rows that are whole are used again.
 """
 
 import contextlib
 import fcntl
-import itertools
 import json
 import os
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from common.cli import UserError
-from common.records import read_json, writing
+from common.record_stream import read_head
+from common.records import writing
 
 
 def is_done(path: str | Path, stage: str, settings: dict) -> bool:
@@ -25,7 +32,7 @@ def is_done(path: str | Path, stage: str, settings: dict) -> bool:
     path = Path(path)
     if not path.exists():
         return False
-    stored = read_json(path)
+    stored = read_head(path)
     for key in ("settings", stage):
         stored = stored.get(key) if isinstance(stored, dict) else None
     refuse_other_settings(path, stored, settings)
@@ -55,31 +62,66 @@ class Rows(Mapping):
 
     def __init__(self, file: int) -> None:
         self._file = file
-        self._places: dict[str, tuple[int, int]] = {}
+        self._spans: dict[str, int] = {}  # offset · 2^32 + length: one number takes a third of a pair's memory
 
-    def place(self, key: str, start: int, length: int) -> None:
+    def point(self, key: str, offset: int, length: int) -> None:
         """Says where the line of `key` is, in bytes."""
-        self._places[key] = start, length
+        self._spans[key] = offset << 32 | length
 
     def __getitem__(self, key: str) -> dict:
-        start, length = self._places[key]
-        return json.loads(os.pread(self._file, length, start))["row"]
+        offset, length = divmod(self._spans[key], 1 << 32)
+        return json.loads(os.pread(self._file, length, offset))["row"]
 
     def __contains__(self, key: object) -> bool:  # without a look at the file, unlike Mapping's own
-        return key in self._places
+        return key in self._spans
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._spans)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._spans)
+
+
+MARK = b'{"crc32": "'  # begins each line, and stands in no text of a row: there quotation marks are escaped
+REST = len(MARK) + len('01234567", ')
+
+
+def _crc(data: bytes) -> bytes:
+    return b"%08x" % zlib.crc32(data)
+
+
+def _to_line(entry: dict) -> bytes:
+    """An entry as a line with its checksum."""
+    rest = json.dumps(entry, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace")[1:]
+    return MARK + _crc(rest) + b'", ' + rest + b"\n"
+
+
+def _find_entry(line: bytes) -> tuple[int, dict | None]:
+    """(where it begins, the entry) of the entry that ends with a line; (0, None) if there is no whole one.
+
+    It begins the line, unless the end of the line before it was damaged.
+    """
+    begin = line.rfind(MARK) if line.endswith(b"\n") else -1
+    while begin >= 0:
+        rest = line[begin + REST : -1]
+        if line[begin : begin + REST] == MARK + _crc(rest) + b'", ':
+            # Not always JSON: a row's own fields can look like a line's end.
+            with contextlib.suppress(ValueError, RecursionError):
+                return begin, json.loads(b"{" + rest)
+        begin = line.rfind(MARK, 0, begin)
+    return 0, None
+
+
+def _is_torn(line: bytes) -> bool:
+    """Whether it is a last line that a kill left unfinished, and not damage."""
+    return not line.endswith(b"\n") and b"\0" not in line and (line.startswith(MARK) or MARK.startswith(line))
 
 
 class Journal:
-    """Finished rows of an unfinished stage, one JSON object a line beside the final file.
+    """Finished rows of an unfinished stage, one JSON object per line beside the final file.
 
-    The first line holds the settings; a torn last line (the process was killed while writing) is dropped. A lock
-    on the journal makes a second process that works on the same output stop at once.
+    A torn last line (the process was killed while writing) is dropped; damaged lines are counted and passed over. A
+    lock on the journal makes a second process that works on the same output stop at once.
 
     Args:
         path: the final file; the journal is `path` + ".journal".
@@ -89,7 +131,8 @@ class Journal:
         rows: key → row, of earlier runs and of this one.
 
     Raises:
-        UserError: another process holds the journal, its settings differ, or the folder cannot be written.
+        UserError: another process holds the journal, its settings differ, nothing in it can be read, or the folder
+            cannot be written.
     """
 
     def __init__(self, path: str | Path, settings: dict) -> None:
@@ -110,44 +153,59 @@ class Journal:
 
     def _load(self, settings: dict) -> None:
         self.rows = Rows(self._file.fileno())
-        stored, end = None, 0
-        try:
-            for line in self._whole_lines():
-                entry = json.loads(line)
-                if end:
-                    key, _ = entry["key"], entry["row"]
-                    self.rows.place(key, end, len(line))
-                else:
-                    stored = entry
-                end += len(line)
-        except (ValueError, TypeError, KeyError):
-            raise UserError(f"{self.path}: damaged; remove it to start this stage again") from None
-        if self.rows:
-            refuse_other_settings(self.path, stored, settings)
-        self._end = end if self.rows else 0
-        self._file.truncate(self._end)
+        self._made_with = _crc(json.dumps(settings, sort_keys=True).encode()).decode()
+        stored, damaged, foreign, end = None, 0, False, 0
+        for offset, line in self._lines():
+            begin, entry = _find_entry(line)
+            damaged += begin > 0 or (entry is None and not _is_torn(line))
+            # Zeros are what a power cut leaves of bytes that were not written yet.
+            foreign |= entry is None and not _is_torn(line) and line.strip(b"\0\n") != b""
+            if entry is None:
+                continue
+            if "settings" in entry:
+                stored = entry["settings"]
+            elif entry.get("made_with") == self._made_with:
+                self.rows.point(entry["key"], offset + begin, len(line) - begin)
+                end = offset + len(line)
+            else:
+                self._refuse_rows_of(stored, settings)
+        if foreign and stored is None and not self.rows:
+            raise UserError(f"{self.path}: holds no row that can be read; remove it to start this stage again")
+        self._end = end
+        self._file.truncate(end)
         if not self.rows:  # the settings may be corrected
-            self._append(settings)
+            self._append({"settings": settings})
+        if damaged:
+            places = "1 place" if damaged == 1 else f"{damaged} places"
+            print(f"{self.path}: damaged in {places}; {len(self.rows)} whole rows are used, the others made again")
 
-    def _whole_lines(self) -> Iterator[bytes]:
-        with open(self._file.fileno(), "rb", closefd=False) as lines:
-            lines.seek(0)
-            yield from itertools.takewhile(lambda line: line.endswith(b"\n"), lines)
+    def _refuse_rows_of(self, stored: object, settings: dict) -> None:
+        if stored is not None:
+            refuse_other_settings(self.path, stored, settings)
+        raise UserError(f"{self.path}: holds rows of other settings; move it away or name another output")
+
+    def _lines(self) -> Iterator[tuple[int, bytes]]:
+        with open(self._file.fileno(), "rb", closefd=False) as file:
+            file.seek(0)
+            offset = 0
+            for line in file:
+                yield offset, line
+                offset += len(line)
 
     def _append(self, entry: dict) -> tuple[int, int]:
-        """Writes a line; (where it starts, its length), in bytes."""
-        line = (json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n").encode(errors="backslashreplace")
-        start = self._end
+        """Writes a line; (its offset, its length), in bytes."""
+        line = _to_line(entry)
+        offset = self._end
         with writing(self.path):
             written = 0
             while written < len(line):
                 written += self._file.write(line[written:])
         self._end += len(line)
-        return start, len(line)
+        return offset, len(line)
 
     def add(self, key: str, row: dict) -> None:
         """Records a finished row; it survives a kill of this process from here on."""
-        self.rows.place(key, *self._append({"key": key, "row": row}))
+        self.rows.point(key, *self._append({"made_with": self._made_with, "key": key, "row": row}))
 
     def close(self, done: bool) -> None:
         """Ends the stage, once; the journal is removed if the final file is in place (`done`) or there is no row."""

@@ -5,9 +5,13 @@ A file is the RLHFlow form plus the settings that made it and what it was made f
     {"type": "text_only",
      "settings": {"generate": {...}, "annotate": {...}}, "provenance": {"generate": {...}, "annotate": {...}},
      "instances": [{"prompt": str, "responses": [K], "rewards": [K], "pairs": [K], "stop_reasons": [K], ...}]}
+
+`response_ids` [K] holds, per response, the list of ids that were sampled: with the stop token, if one ended it, as
+the last. They are what is trained and scored; `responses` is their text, for people and for other models.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -21,9 +25,9 @@ PER_RESPONSE = ("responses", "rewards", "pairs", "stop_reasons", "num_tokens")
 
 
 def read_json(path: str | Path) -> object:
-    """The JSON value in `path`. Raises `UserError` that names the file and, for bad JSON, the line."""
+    """Return the JSON value in `path`. Raises `UserError` that names the file and, for bad JSON, the line."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except IsADirectoryError:
@@ -38,13 +42,13 @@ def read_json(path: str | Path) -> object:
 
 
 def not_json(error: Exception) -> str:
-    """What is wrong with a text that `json.loads` refused with `error`."""
+    """Return what is wrong with a text that `json.loads` refused with `error`."""
     # Besides bad syntax: numbers of thousands of digits (ValueError), thousands of nested brackets (RecursionError).
     return f"not JSON ({getattr(error, 'msg', None) or first_line(error)})"
 
 
 def read_records(path: str | Path, need: tuple[str, ...] = ("responses",)) -> tuple[list[dict], dict]:
-    """Instances and settings of a data file.
+    """Return instances and settings of a data file.
 
     Args:
         path: the file.
@@ -62,24 +66,25 @@ def read_records(path: str | Path, need: tuple[str, ...] = ("responses",)) -> tu
     if not content["instances"]:
         raise UserError(f"{path}: 'instances' is empty")
     for row, instance in enumerate(content["instances"]):
-        _check_instance(f"{path}: row {row}", instance, need)
+        check_instance(f"{path}: row {row}", instance, need)
         count, expected = (len(i.get("responses") or []) for i in (instance, content["instances"][0]))
         if count != expected:
             raise UserError(f"{path}: row {row}: {count} 'responses', but row 0 has {expected}")
     settings = content.get("settings", {})
     if not isinstance(settings, dict) or not all(isinstance(stage, dict) for stage in settings.values()):
-        raise UserError(f"{path}: 'settings' is not an object that holds one object a stage")
+        raise UserError(f"{path}: 'settings' is not an object that holds one object per stage")
     return content["instances"], settings
 
 
 def read_provenance(path: str | Path) -> dict:
-    """What the stages that made a data file recorded about their inputs; {} for a file of another program."""
+    """Return what the stages that made a data file recorded about their inputs; {} for a file of another program."""
     stored = read_json(path)
     stored = stored.get("provenance") if isinstance(stored, dict) else None
     return stored if isinstance(stored, dict) else {}
 
 
-def _check_instance(where: str, instance: object, need: tuple[str, ...]) -> None:
+def check_instance(where: str, instance: object, need: tuple[str, ...]) -> None:
+    """Raise `UserError` unless `instance` is a row of a data file that carries the per-response lists `need`."""
     if not isinstance(instance, dict):
         raise UserError(f"{where}: not an object")
     if not isinstance(instance.get("prompt"), str):
@@ -93,17 +98,31 @@ def _check_instance(where: str, instance: object, need: tuple[str, ...]) -> None
         if values is None and field not in need:
             continue
         if not isinstance(values, list) or len(values) != len(responses) or not values:
-            raise UserError(f"{where}: '{field}' is not a list with one entry a response")
+            raise UserError(f"{where}: '{field}' is not a list with one entry per response")
         kind = {"responses": str, "stop_reasons": str, "rewards": (int, float)}.get(field, int)
         if not all(isinstance(v, kind) and not isinstance(v, bool) for v in values):
             raise UserError(f"{where}: '{field}' holds a value of the wrong type")
         if kind is not str and not all(abs(v) <= sys.float_info.max for v in values):
             raise UserError(f"{where}: '{field}' holds a value that is not finite")
+    check_response_ids(where, instance)
     check_writable(where, instance)
 
 
+def check_response_ids(where: str, instance: dict, vocabulary: int = sys.maxsize) -> None:
+    """Raise `UserError` unless `response_ids`, where a row has them, are lists of ids below `vocabulary`."""
+    lists = instance.get("response_ids")
+    if lists is None:
+        return
+    if not isinstance(lists, list) or len(lists) != len(instance.get("responses", [])):
+        raise UserError(f"{where}: 'response_ids' is not a list with one entry per response")
+    for ids in lists:
+        if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < vocabulary for i in ids):
+            limit = "" if vocabulary == sys.maxsize else f" from 0 to {vocabulary - 1}"
+            raise UserError(f"{where}: 'response_ids' holds something else than a list of whole numbers{limit}")
+
+
 def check_writable(where: str, row: dict) -> None:
-    """Raises `UserError` for what JSON lets in and no tokenizer or other JSON reader takes."""
+    """Raise `UserError` for what JSON lets in and no tokenizer or other JSON reader takes."""
     for field, value in row.items():
         try:
             json.dumps({field: value}, ensure_ascii=False, allow_nan=False).encode()
@@ -115,7 +134,7 @@ def check_writable(where: str, row: dict) -> None:
 
 @contextlib.contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Makes a refusal of the system (disk full, read-only, no permission) a `UserError` that names `path`."""
+    """Make a refusal of the system (disk full, read-only, no permission) a `UserError` that names `path`."""
     try:
         yield
     except OSError as error:
@@ -123,7 +142,7 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 def write_atomic(path: str | Path, text: str | Iterable[str]) -> None:
-    """Writes beside `path`, flushes to disk, renames: readers see the old file or the whole new one.
+    """Write beside `path`, flushes to disk, renames: readers see the old file or the whole new one.
 
     Args:
         path: the file.
@@ -138,21 +157,47 @@ def write_atomic(path: str | Path, text: str | Iterable[str]) -> None:
                 file.writelines([text] if isinstance(text, str) else text)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            rename_flushed(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
 
 
+def rename_flushed(temporary: str | Path, path: str | Path) -> None:
+    """Give a finished file or folder its name; what it holds and the name are on the disk then.
+
+    Args:
+        temporary: a file that is flushed, or a folder, whose files are flushed here.
+        path: on the same file system; a file that is there is replaced, so is an empty folder.
+    """
+    for folder, _, files in os.walk(temporary):
+        for name in files:
+            _flush(os.path.join(folder, name))
+        _flush(folder)
+    os.replace(temporary, path)
+    _flush(Path(path).absolute().parent)
+
+
+def _flush(path: str | Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that cannot flush folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
 def write_json(path: str | Path, value: object) -> None:
-    """Writes `value` as indented JSON, atomically."""
+    """Write `value` as indented JSON, atomically."""
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_records(
     path: str | Path, instances: Iterable[dict], settings: dict, provenance: dict | None = None
 ) -> None:
-    """Writes a data file atomically: one instance a line, so that `diff` and `head` are of use.
+    """Write a data file atomically: one instance per line, so that `diff` and `head` are of use.
 
     Args:
         path: the file.
@@ -173,7 +218,7 @@ def write_records(
 
 
 def sha256(path: str | Path) -> str:
-    """SHA-256 of a file, in hexadecimal. Raises `UserError` if it cannot be read."""
+    """Return the SHA-256 of a file, in hexadecimal. Raises `UserError` if it cannot be read."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,29 +12,28 @@ import numpy as np
 from bandit.palette import color_of
 from evaluation.run_files import BASE, FIRST, JUDGES, Model, Run, trajectory
 from evaluation.stats import Estimate
-from evaluation.tables import Row, last_models, win_rate
+from evaluation.tables import Row, win_rate
 
-SHARED_COLOR = "#555555"
-JUDGE_NAMES = {"reward": "training reward model", "judge": "second judge"}
+SHARED_COLOR = "#777777"
 
 
 def save_figures(
-    run: Run, rows: dict[Model, Row], samplers: list[str], iterations: int, folder: Path, seed: int
+    run: Run, rows: dict[Model, Row], samplers: list[str], iterations: int, last: list[Model], folder: Path
 ) -> dict:
-    """Draws every figure for which there are data; returns name → (caption, PNG path)."""
-    last = last_models(run, samplers, iterations)
+    """Draw every figure for which there are data; return name → (caption, PNG path), the main one first."""
+    given = [m for m in rows if m.iteration is None]
     drawings = {
+        "reward_vs_kl": (
+            reward_vs_kl(rows, samplers, iterations, given),
+            "Mean reward against the KL from the base model; lines join the iterations. Bars: 95% over prompts.",
+        ),
         "reward_vs_iteration": (
             reward_vs_iteration(rows, samplers, iterations),
             "Mean reward after each iteration; iteration 1 is shared (grey). Bars: 95% intervals over prompts. All "
-            "models answer the same prompts: their paired differences (table above) are tighter than these bars.",
-        ),
-        "reward_vs_kl": (
-            reward_vs_kl(rows, samplers, iterations),
-            "Mean reward on the test prompts against the KL from the base; lines join the iterations. Bars: 95%.",
+            "models answer the same prompts: their paired differences (tables) are tighter than these bars.",
         ),
         "win_rates": (
-            win_rates(run, last, seed),
+            win_rates(run, last),
             "Share of test prompts on which the row's model scores higher than the column's (%); ties count half.",
         ),
         "reward_distributions": (
@@ -50,7 +49,7 @@ def save_figures(
 
 
 def save_figure(figure, name: str, caption: str, folder: Path) -> dict:
-    """Writes one figure as PNG and PDF and closes it; returns {name: (caption, PNG path)}."""
+    """Write one figure as PNG and PDF and close it; return {name: (caption, PNG path)}."""
     for ending in ("png", "pdf"):
         # No date in the file: the same results give the same bytes.
         metadata = {"CreationDate": None} if ending == "pdf" else None
@@ -60,12 +59,13 @@ def save_figure(figure, name: str, caption: str, folder: Path) -> dict:
 
 
 def _bars(estimates: list[Estimate]) -> np.ndarray:
-    """Error bar lengths [2, M]; 0 where there is no interval."""
+    """Return error bar lengths [2, M]; 0 where there is no interval."""
     bounds = [(e.value - e.low, e.high - e.value) if e.low is not None else (0, 0) for e in estimates]
     return np.maximum(np.array(bounds).T, 0)
 
 
 def _color(model: Model) -> str:
+    """Return the sampler's colour, a given checkpoint's own, grey for what all samplers share."""
     return SHARED_COLOR if model in (BASE, FIRST) else color_of(model.label)
 
 
@@ -77,14 +77,14 @@ def _axes(count: int, width: float, height: float):
 
 
 def reward_vs_iteration(rows: dict[Model, Row], samplers: list[str], iterations: int):
-    """One panel for each kind of score that is there, one line a sampler; None while there is no score."""
+    """Draw one panel for each kind of score that is there, one line per sampler; None while there is none."""
     titles = {
         "test_reward": "test prompts",
         "train_reward": "train prompts",
         "judge_reward": "test prompts, second judge",
     }
     shown = [c for c in titles if any(row[c] for row in rows.values())]
-    if not shown:
+    if not shown or not samplers:
         return None
     figure, axes = _axes(len(shown), 4.4, 3.6)
     for ax, column in zip(axes, shown, strict=True):
@@ -92,8 +92,8 @@ def reward_vs_iteration(rows: dict[Model, Row], samplers: list[str], iterations:
             # Side by side, so that the bars of the samplers can be told apart.
             shift = 0.06 * (i - (len(samplers) - 1) / 2)
             models = [m for m in trajectory(sampler, iterations) if rows[m][column]]
-            places = [m.iteration + (shift if m.iteration > 1 else 0) for m in models]
-            _line(ax, sampler, models, places, [rows[m][column] for m in models])
+            x = [m.iteration + (shift if m.iteration > 1 else 0) for m in models]
+            _line(ax, sampler, models, x, [rows[m][column] for m in models])
         ax.set(title=titles[column], xlabel="iteration", xticks=range(iterations + 1))
     axes[0].set_ylabel("mean reward")
     axes[-1].legend(frameon=False)
@@ -101,7 +101,7 @@ def reward_vs_iteration(rows: dict[Model, Row], samplers: list[str], iterations:
 
 
 def _line(ax, sampler: str, models: list[Model], x: list[float], estimates: list[Estimate], xerr=None) -> None:
-    """A sampler's points with their bars, joined by a line; what all samplers share is grey."""
+    """Draw a sampler's points with their bars, joined by a line; what all samplers share is grey."""
     y, yerr = [e.value for e in estimates], _bars(estimates)
     ax.plot(x, y, color=color_of(sampler), label=sampler, linewidth=1.4)
     shared = sum(m in (BASE, FIRST) for m in models)
@@ -111,32 +111,40 @@ def _line(ax, sampler: str, models: list[Model], x: list[float], estimates: list
         ax.errorbar(x[k], y[k], **bars, fmt="o", color=_color(model), capsize=2.5, elinewidth=0.9, markersize=5)
 
 
-def reward_vs_kl(rows: dict[Model, Row], samplers: list[str], iterations: int):
-    """Reward against KL; None while no trained model has a KL."""
-    usable = {m for m, row in rows.items() if row["kl"] and row["test_reward"]}
+def reward_vs_kl(rows: dict[Model, Row], samplers: list[str], iterations: int, given: list[Model]):
+    """Draw reward against KL; None while no trained model has a KL.
+
+    The rewards are of the responses that the KL was measured on where all have them, else of the test prompts.
+    """
+    with_kl = {m for m, row in rows.items() if row["kl"]}
+    column = "kl_reward" if all(rows[m]["kl_reward"] for m in with_kl) else "test_reward"
+    usable = {m for m in with_kl if rows[m][column]}
     if not usable - {BASE}:
         return None
     figure, [ax] = _axes(1, 6.4, 4.4)
-    for i, sampler in enumerate(samplers):
-        models = [m for m in trajectory(sampler, iterations) if m in usable]
-        kl, rewards = ([rows[m][c] for m in models] for c in ("kl", "test_reward"))
-        _line(ax, sampler, models, [e.value for e in kl], rewards, xerr=_bars(kl))
+    lines = {sampler: trajectory(sampler, iterations) for sampler in samplers}
+    lines |= {m.label: [m] for m in [*([] if samplers else [BASE]), *given]}
+    for i, (name, line) in enumerate(lines.items()):
+        models = [m for m in line if m in usable]
+        kl, rewards = ([rows[m][c] for m in models] for c in ("kl", column))
+        _line(ax, name, models, [e.value for e in kl], rewards, xerr=_bars(kl))
         for model, x, y in zip(models, kl, rewards, strict=True):
             # Every sampler writes in its own corner of the point, so that neighbours stay legible.
             corner = (6, -13) if model in (BASE, FIRST) else ((6, 6), (6, -13), (-12, 6), (-12, -13))[i % 4]
-            text = "base" if model == BASE else str(model.iteration)
+            text = "base" if model == BASE else model.label if model.iteration is None else str(model.iteration)
             at = {"xy": (x.value, y.value), "xytext": corner, "textcoords": "offset points"}
             ax.annotate(text, **at, fontsize=9, color=_color(model))
-    ax.set(xlabel="KL from the base model (nats a response)", ylabel="mean reward, test prompts")
+    where = "same responses" if column == "kl_reward" else "test prompts"
+    ax.set(xlabel="KL from the base model (nats per response)", ylabel=f"mean reward, {where}")
     ax.legend(frameon=False)
     return figure
 
 
 def band_panels(panels: dict[str, dict[str, tuple]]):
-    """Reward against KL over seeds, one panel a judge.
+    """Draw reward against KL over seeds, one panel per judge.
 
     Args:
-        panels: title → sampler → (`seeds.Band`, KL [S, M] and reward [S, M] of each seed's models in their order).
+        panels: title → sampler → (`compare_seeds.Band`, KL [S, M] and reward [S, M] of the seeds' models).
     """
     figure, axes = _axes(len(panels), 5.2, 4.2)
     for ax, (title, lines) in zip(axes, panels.items(), strict=True):
@@ -146,19 +154,16 @@ def band_panels(panels: dict[str, dict[str, tuple]]):
             ax.plot(kl.T, rewards.T, color=color, linewidth=0.7, alpha=0.7)
             ax.plot(band.kl, band.mean, color=color, linewidth=2, label=sampler)
             ax.plot(kl[:, -1], rewards[:, -1], "o", color=color, markersize=5)
-        ax.set(title=title, xlabel="KL from the base model (nats a response)")
-    axes[0].set_ylabel("mean reward, test prompts")
+        ax.set(title=title, xlabel="KL from the base model (nats per response)")
+    axes[0].set_ylabel("mean reward")
     axes[0].legend(frameon=False)
     return figure
 
 
-def win_rates(run: Run, models: list[Model], seed: int):
-    """A matrix for each judge; None while fewer than two models have answers."""
-    panels = {}
-    for judge in JUDGES:
-        there = [m for m in models if (judge, "test", m) in run.answers]
-        if len(there) > 1:
-            panels[judge] = there
+def win_rates(run: Run, models: list[Model]):
+    """Draw a matrix for each judge; None while fewer than two models have answers."""
+    panels = {judge: [m for m in models if run.test(m, judge)] for judge in JUDGES}
+    panels = {judge: there for judge, there in panels.items() if len(there) > 1}
     if not panels:
         return None
     side = 1.5 + 0.8 * max(map(len, panels.values()))
@@ -168,35 +173,31 @@ def win_rates(run: Run, models: list[Model], seed: int):
         for i, ours in enumerate(there):
             for j, theirs in enumerate(there):
                 if i != j:
-                    values[i, j] = win_rate(run, judge, ours, theirs, seed).value
+                    values[i, j] = win_rate(run, judge, ours, theirs).value
                     ink = "white" if abs(values[i, j] - 0.5) > 0.3 else "black"
                     ax.text(j, i, f"{100 * values[i, j]:.0f}", ha="center", va="center", color=ink)
         ax.imshow(values, cmap="RdBu", vmin=0, vmax=1)
-        names = [_short(model) for model in there]
+        names = [model.short for model in there]
         ax.set_xticks(range(len(there)), names, rotation=35, ha="right")
         ax.set_yticks(range(len(there)), names)
-        ax.set_title(f"wins of row against column (%)\n{JUDGE_NAMES[judge]}", fontsize=11)
+        ax.set_title(f"wins of row against column (%)\n{JUDGES[judge]}", fontsize=11)
     return figure
 
 
 def reward_distributions(run: Run, models: list[Model]):
-    """A violin for every model, a panel for each judge."""
-    panels = {judge: [m for m in models if (judge, "test", m) in run.answers] for judge in JUDGES}
+    """Draw a violin for every model, a panel for each judge."""
+    panels = {judge: [m for m in models if run.test(m, judge)] for judge in JUDGES}
     panels = {judge: there for judge, there in panels.items() if there}
     if not panels:
         return None
     figure, axes = _axes(len(panels), 1.5 + 0.75 * max(map(len, panels.values())), 3.8)
     for ax, (judge, there) in zip(axes, panels.items(), strict=True):
-        values = [run.answers[judge, "test", model].rewards for model in there]
+        values = [run.test(model, judge).rewards for model in there]
         parts = ax.violinplot(values, showmeans=True, showextrema=False, widths=0.8)
         for body, model in zip(parts["bodies"], there, strict=True):
             body.set(facecolor=_color(model), alpha=0.55)
         parts["cmeans"].set_color("black")
-        ax.set_xticks(range(1, len(there) + 1), [_short(m) for m in there], rotation=35, ha="right")
-        ax.set_title(JUDGE_NAMES[judge], fontsize=11)
+        ax.set_xticks(range(1, len(there) + 1), [m.short for m in there], rotation=35, ha="right")
+        ax.set_title(JUDGES[judge], fontsize=11)
     axes[0].set_ylabel("score, test prompts")
     return figure
-
-
-def _short(model: Model) -> str:
-    return {BASE: "base", FIRST: "iteration 1"}.get(model, f"{model.label} {model.iteration}")

@@ -1,7 +1,7 @@
 """KL divergence of a policy from its reference on held-out prompts.
 
 Samples responses of the policy at temperature T (top-p 1), or takes existing ones (--responses), and sums the exact
-per-token KL along them, scored at the same T; see kl.py.
+per-token KL along their sampled ids, scored at the same T and in float32; see kl.py.
 
 Reads   a policy, a reference with the same tokenizer, and prompts as generate.py does.
 Writes  OUT.json: {"kl": nats per response, "stderr": over prompts, "kl_per_token", "num_prompts",
@@ -24,12 +24,12 @@ PROJECT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(PROJECT / "alignment"), str(PROJECT)]  # the samplers' table is the bandit's
 
 from bandit.mixtures import MIXTURES
-from common.cli import Parser, UserError, checked, each, natural, positive_int, run
+from common.cli import Parser, UserError, checked, command_lines, natural, positive_int, run
 from common.journal import Journal, is_done, journal
 from common.models import (
     check_same_vocabulary,
+    context_length,
     default_device,
-    default_dtype,
     encode_prompt,
     encode_response,
     give_memory_back,
@@ -37,14 +37,21 @@ from common.models import (
     load_config,
     load_tokenizer,
     stop_token_ids,
+    tokenizer_fingerprint,
 )
 from common.provenance import data_inputs, model_inputs, provenance
-from common.records import read_records, sha256, write_json
-from generation.backends import load_generator
-from generation.flags import add_engine_flags, add_prompt_flags, check_room, prompt_settings, read_prompts
-from generation.interface import Sampling
-from generation.plan import Plan, requests
-from generation.samplers import pairs_from_json
+from common.records import check_response_ids, read_json, read_records, sha256, write_json
+from generation.prompts import add_prompt_flags, check_same_prompts, prompt_settings, read_prompts
+from generation.sampling import (
+    Plan,
+    Sampling,
+    add_engine_flags,
+    check_temperature,
+    choose_dtype,
+    load_generator,
+    longest_prompt,
+    pairs_from_json,
+)
 
 POLICY_ALONE = MIXTURES["online"].pairs(0.0)
 
@@ -69,97 +76,157 @@ def parser() -> Parser:
     p.add("--output_file", "where the result goes", required=True)
     add_engine_flags(p)
     p.add("--batch_size", "responses scored at a time", type=positive_int, default=8)
+    p.add("--scoring_dtype", "of the models that score", choices=["float32", "bfloat16"], default="float32")
+    p.add(
+        "--published_estimator",
+        "also the published scripts' KL: the log-ratio at T = 1 of responses sampled at --temperature",
+        action="store_true",
+    )
     return p
 
 
-def main() -> None:
-    args = parser().parse_args()
-    args.dtype = args.dtype or default_dtype()
-    tokenizer = check_models(args)
-    prompts = None if args.responses else read_prompts(args, tokenizer, args.start, args.end)
+def measure(args: argparse.Namespace) -> None:
+    """Write the KL of one command line."""
+    tokenizer, room = check_models(args)
+    prompts = None if args.responses else read_prompts(args, tokenizer, room, args.start, args.end)
     settings = settings_of(args)
     if is_done(args.output_file, "kl", settings):
+        if prompts:
+            check_same_prompts(
+                args.output_file, zip(prompts, read_json(args.output_file).get("prompts", []), strict=False)
+            )
         print(f"{args.output_file}: already done")
         return
-    given = read_responses(args, tokenizer) if args.responses else None
-    with journal(args.output_file, settings) as book:
-        sequences = given or sample(args, prompts, book, tokenizer)
-        result = score(args, sequences, book, tokenizer)
+    given = read_responses(args, tokenizer, room) if args.responses else None
+    with journal(args.output_file, settings) as done:
+        sequences = given or sample(args, prompts, room, done, tokenizer)
+        result = score(args, sequences, done, tokenizer)
+        if prompts:
+            result["prompts"] = [prompt.digest() for prompt in prompts]
         stored = {"settings": {"kl": settings}, "provenance": {"kl": made_from(args)}}
         write_json(args.output_file, {**result, **stored})
     print(report(result))
 
 
+def main() -> None:
+    for args in command_lines(parser()):
+        measure(args)
+
+
 def settings_of(args: argparse.Namespace) -> dict:
-    """What decides the result."""
-    kept = ("model_name_or_path", "ref_model_name_or_path", "temperature", "dtype")
+    """Return what decides the result."""
+    kept = ("model_name_or_path", "ref_model_name_or_path", "temperature", "scoring_dtype", "published_estimator")
     settings = {name: getattr(args, name) for name in kept}
     if args.responses:
         return settings | {"responses_sha256": sha256(args.responses)}
-    kept = ("start", "end", "max_new_tokens", "seed", "backend")
+    kept = ("start", "end", "max_new_tokens", "seed", "backend", "dtype")
     return settings | prompt_settings(args) | {name: getattr(args, name) for name in kept}
 
 
 def made_from(args: argparse.Namespace) -> dict:
-    """Versions, and the hashes of both models and of the prompts or responses."""
+    """Return versions, and the hashes of both models and of the prompts or responses."""
     models = model_inputs({"policy": args.model_name_or_path, "reference": args.ref_model_name_or_path})
     data = [args.responses] if args.responses else args.dataset_name_or_path
     samples_with_vllm = args.backend == "vllm" and not args.responses
     return provenance(["vllm"] if samples_with_vllm else [], models + data_inputs(data))
 
 
-def check_models(args: argparse.Namespace):
-    """Refuses, before any weight is loaded, models that cannot be compared; returns the tokenizer."""
-    tokenizers = []
+def check_models(args: argparse.Namespace) -> tuple:
+    """Refuse, before any weight is loaded, models that cannot be compared.
+
+    Returns:
+        (the policy's tokenizer, most tokens of a prompt that is sampled from, or of prompt + response in a file).
+    """
+    models = {}
     for name, what in ((args.model_name_or_path, "policy"), (args.ref_model_name_or_path, "reference")):
-        config = load_config(name, what, args.trust_remote_code)
-        if not args.responses:
-            check_room(args, config, f"{what} {name}")
-        tokenizers.append(load_tokenizer(name, what, args.trust_remote_code))
-    check_same_vocabulary(*tokenizers)
-    return tokenizers[0]
+        trust = args.trust_remote_code
+        models[f"{what} {name}"] = load_config(name, what, trust), load_tokenizer(name, what, trust)
+    (_, tokenizer), (_, other) = models.values()
+    check_same_vocabulary(tokenizer, other)
+    if args.responses:
+        rooms = [context_length(*model) for model in models.values()]
+        return tokenizer, min((room for room in rooms if room is not None), default=None)
+    check_temperature(args)
+    args.dtype = choose_dtype(args, [args.model_name_or_path])
+    return tokenizer, longest_prompt(args, models)
 
 
-def sample(args: argparse.Namespace, prompts: list, book: Journal, tokenizer) -> list[list]:
-    """One response of the policy a prompt, in groups of one; the journal keeps each as it finishes."""
+def sample(args: argparse.Namespace, prompts: list, longest: int, done: Journal, tokenizer) -> list[list]:
+    """Return one response of the policy per prompt, in groups of one; the journal keeps each as it finishes."""
     from tqdm import tqdm
 
     from evaluation.kl import Sequence
 
     plan = Plan(prompts, args.start, POLICY_ALONE, 1, args.seed)
-    wanted = list(requests(plan, book.rows))
+    keys = [request.key for request in plan.requests({})]
+    check_same_prompts(done.path, ((plan.prompt(k), done.rows[k].get("prompt")) for k in keys if k in done.rows))
+    wanted = list(plan.requests(done.rows))
     if wanted:
         give_memory_back()  # what the scoring of an earlier command line has left
-        generator = load_generator(args, args.model_name_or_path, None)
+        generator = load_generator(args, args.model_name_or_path, None, longest)
         stop_ids = stop_token_ids(tokenizer, args.model_name_or_path)
         sampling = Sampling(args.temperature, args.max_new_tokens, stop_ids)
         for response in tqdm(generator.generate(wanted, sampling), "sampling", len(wanted), file=sys.stdout):
-            book.add(response.key, {"ids": response.token_ids, "ended": response.stop_reason == "stop"})
+            row = {"ids": response.token_ids, "ended": response.stop_reason == "stop"}
+            done.add(response.key, row | {"prompt": plan.prompt(response.key).digest()})
         generator.close()  # scoring needs its memory for two models
-    rows = [book.rows[request.key] for request in requests(plan, {})]
-    return [[Sequence(p.token_ids, r["ids"], r["ended"])] for p, r in zip(prompts, rows, strict=True)]
+    rows = [done.rows[key] for key in keys]
+    return [[Sequence(list(p.token_ids), r["ids"], r["ended"])] for p, r in zip(prompts, rows, strict=True)]
 
 
-def read_responses(args: argparse.Namespace, tokenizer) -> list[list]:
-    """The responses of a data file, grouped by prompt. Raises `UserError` if they are not the policy's."""
-    from evaluation.kl import Sequence
-
+def read_responses(args: argparse.Namespace, tokenizer, room: int | None) -> list[list]:
+    """Return the responses of a data file, grouped by prompt. Raises `UserError` if they are not the policy's."""
     instances, settings = read_records(args.responses, ("responses", "stop_reasons"))
-    check_origin(args, settings.get("generate") or {})
-    groups = []
-    for row, instance in enumerate(instances):
-        prompt = encode_prompt(tokenizer, instance["prompt"])
-        if not prompt:
-            raise UserError(f"{args.responses}: row {row}: an empty prompt")
-        pairs = zip(instance["responses"], instance["stop_reasons"], strict=True)
-        groups.append(
-            [Sequence(prompt, encode_response(tokenizer, r, ended=False), why == "stop") for r, why in pairs]
+    made_with = settings.get("generate") or {}
+    check_origin(args, made_with)
+    by_ids = has_own_ids(args, instances, made_with.get("tokenizer"), tokenizer)
+    groups = [
+        sequences_of(f"{args.responses}: row {row}", instance, tokenizer, by_ids)
+        for row, instance in enumerate(instances)
+    ]
+    fitting = [group for group in groups if room is None or all(len(s.prompt + s.response) <= room for s in group)]
+    if len(fitting) < len(groups):
+        print(
+            f"{len(groups) - len(fitting)} prompts left out: longer with a response than the {room} tokens of a model"
         )
-    return groups
+    if not fitting:
+        raise UserError(f"{args.responses}: no prompt fits with its responses into the {room} tokens of the models")
+    return fitting
+
+
+def has_own_ids(args: argparse.Namespace, instances: list[dict], fingerprint: object, tokenizer) -> bool:
+    """Return whether the file holds ids that were sampled with this tokenizer; says if text is encoded instead."""
+    if not all(instance.get("response_ids") for instance in instances):
+        print(f"{args.responses}: no sampled ids, so the texts are encoded")
+        return False
+    if fingerprint != tokenizer_fingerprint(tokenizer):
+        print(f"{args.responses}: its ids are those of another tokenizer, so the texts are encoded")
+        return False
+    width = load_config(args.model_name_or_path, "policy", args.trust_remote_code).get_text_config().vocab_size
+    for row, instance in enumerate(instances):
+        check_response_ids(f"{args.responses}: row {row}", instance, width)
+    return True
+
+
+def sequences_of(where: str, instance: dict, tokenizer, by_ids: bool) -> list:
+    """Return the responses of one prompt with their sampled ids, or with those that their text encodes to."""
+    from evaluation.kl import ANY_STOP, Sequence
+
+    prompt = encode_prompt(tokenizer, instance["prompt"])
+    if not prompt:
+        raise UserError(f"{where}: an empty prompt")
+    ended = [reason == "stop" for reason in instance["stop_reasons"]]
+    end_token = [] if tokenizer.eos_token_id is None else [ANY_STOP]
+    if by_ids:
+        responses = instance["response_ids"]
+    else:
+        texts = [encode_response(tokenizer, text, ended=False) for text in instance["responses"]]
+        responses = [ids + end_token if end else ids for ids, end in zip(texts, ended, strict=True)]
+    return [Sequence(prompt, ids, end) for ids, end in zip(responses, ended, strict=True)]
 
 
 def check_origin(args: argparse.Namespace, made_with: dict) -> None:
-    """Raises `UserError` unless the responses come from the policy alone at the temperature of the command line."""
+    """Raise `UserError` unless the responses come from the policy alone at the temperature of the command line."""
     policy = made_with.get("policy")
     if isinstance(policy, str) and os.path.realpath(policy) != os.path.realpath(args.model_name_or_path):
         raise UserError(f"{args.responses}: sampled from {policy}, not from the policy {args.model_name_or_path}")
@@ -171,39 +238,41 @@ def check_origin(args: argparse.Namespace, made_with: dict) -> None:
         raise UserError(f"{args.responses}: its sampler is not the policy alone, so it does not estimate its KL")
 
 
-def score(args: argparse.Namespace, groups: list[list], book: Journal, tokenizer) -> dict:
-    """The result; the journal keeps each response's score."""
+def score(args: argparse.Namespace, groups: list[list], done: Journal, tokenizer) -> dict:
+    """Return the result; the journal keeps each response's score."""
     from tqdm import tqdm
 
     from evaluation.kl import LanguageModel, Score, batches, check_same_width, score_sequences, summarize
 
     names = ((args.model_name_or_path, "policy"), (args.ref_model_name_or_path, "reference"))
     models = [
-        LanguageModel(load_causal_lm(name, what, args.dtype, args.trust_remote_code).to(default_device()))
+        LanguageModel(load_causal_lm(name, what, args.scoring_dtype, args.trust_remote_code).to(default_device()))
         for name, what in names
     ]
     check_same_width(*models)
     stop_ids = stop_token_ids(tokenizer, args.model_name_or_path)
     sequences = [sequence for group in groups for sequence in group]
     for batch in tqdm(list(batches(sequences, args.batch_size)), "scoring", file=sys.stdout):
-        if all(f"score {i}" in book.rows for i in batch):
+        if all(f"score {i}" in done.rows for i in batch):
             continue
-        scores = score_sequences(*models, [sequences[i] for i in batch], args.temperature, stop_ids)
+        chosen = [sequences[i] for i in batch]
+        scores = score_sequences(*models, chosen, args.temperature, stop_ids, args.published_estimator)
         for i, found in zip(batch, scores, strict=True):
-            book.add(f"score {i}", found)
-    found = iter([Score(*book.rows[f"score {i}"]) for i in range(len(sequences))])
+            done.add(f"score {i}", [value for value in found if value is not None])
+    found = iter([Score(*done.rows[f"score {i}"]) for i in range(len(sequences))])
     return summarize([[(sequence, next(found)) for sequence in group] for group in groups])
 
 
 def report(result: dict) -> str:
-    """One line for people."""
+    """Return one line for people."""
     stderr = "?" if result["stderr"] is None else f"{result['stderr']:.4f}"
+    published = f"published estimator {result['published_kl']:.4f}; " if "published_kl" in result else ""
     return (
-        f"KL {result['kl']:.4f} ± {stderr} nats a response ({result['kl_per_token']:.4f} a token) over "
-        f"{result['num_prompts']} prompts; log-ratio estimate {result['log_ratio_kl']:.4f}; "
+        f"KL {result['kl']:.4f} ± {stderr} nats per response ({result['kl_per_token']:.4f} per token) over "
+        f"{result['num_prompts']} prompts; log-ratio estimate {result['log_ratio_kl']:.4f}; {published}"
         f"{result['truncated_fraction']:.0%} of the responses cut at the length limit"
     )
 
 
 if __name__ == "__main__":
-    run(each(main))
+    run(main)

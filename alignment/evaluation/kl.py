@@ -17,28 +17,34 @@ from common.cli import UserError
 CHUNK_ELEMENTS = 2**25
 
 
+# Ends a response of which only the text is known: one of the stop tokens, but which one is not known.
+ANY_STOP = -1
+
+
 class Sequence(NamedTuple):
-    """A prompt with a response; `ended` says whether a stop token (not in `response`) came after it."""
+    """A prompt with all ids that were sampled; `ended` says that the last one is a stop token (or `ANY_STOP`)."""
 
     prompt: list[int]
     response: list[int]
     ended: bool
 
-    @property
-    def tokens(self) -> int:
-        """How many tokens were sampled, the stop token counted."""
-        return len(self.response) + self.ended
-
 
 class Score(NamedTuple):
-    """Sums over the tokens of a response: the exact per-token KL, and log pi - log pi_ref of what was sampled."""
+    """Sums over the tokens of a response.
+
+    Attributes:
+        kl: the exact KL of the next token's distributions.
+        log_ratio: log pi - log pi_ref of what was sampled.
+        log_ratio_at_one: the same at T = 1, whatever T the sampling had: the published scripts' estimator.
+    """
 
     kl: float
     log_ratio: float
+    log_ratio_at_one: float | None = None
 
 
 def token_kl(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """KL(policy || reference) of each row, from log-probabilities [N, V]; [N].
+    """Return KL(policy || reference) of each row, from log-probabilities [N, V]; [N].
 
     Tokens of policy probability 0 add 0, also where a model gives them the logit -inf.
     """
@@ -47,9 +53,11 @@ def token_kl(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 
 def token_log_prob(log_probs: torch.Tensor, targets: torch.Tensor, stop_ids: list[int]) -> torch.Tensor:
-    """Log-probability of each target, from log-probabilities [N, V]; target -1 is "any of the stop tokens"; [N]."""
-    stop = log_probs[:, stop_ids].logsumexp(dim=-1)
-    return torch.where(targets < 0, stop, log_probs.gather(1, targets.clamp(min=0)[:, None])[:, 0])
+    """Return the log-probability of each target, from log-probabilities [N, V]; [N]. `ANY_STOP` is their sum's."""
+    found = log_probs.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    if not stop_ids:
+        return found
+    return torch.where(targets == ANY_STOP, log_probs[:, stop_ids].logsumexp(dim=-1), found)
 
 
 class LanguageModel:
@@ -73,7 +81,7 @@ class LanguageModel:
     def states(
         self, ids: torch.Tensor, mask: torch.Tensor
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-        """(states [B, T, ...], the function that makes float32 logits of some of them)."""
+        """Return (states [B, T, ...], the function that makes float32 logits of some of them)."""
         if self.has_plain_head:
             hidden = self.body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
             return hidden, lambda chosen: self.head(chosen).float()
@@ -81,7 +89,7 @@ class LanguageModel:
 
 
 def check_same_width(policy: LanguageModel, reference: LanguageModel) -> None:
-    """Raises `UserError` unless both models give logits for the same number of ids."""
+    """Raise `UserError` unless both models give logits for the same number of ids."""
     if policy.vocabulary != reference.vocabulary:
         raise UserError(
             f"policy and reference give logits for {policy.vocabulary} and {reference.vocabulary} ids; "
@@ -96,28 +104,35 @@ def score_sequences(
     sequences: list[Sequence],
     temperature: float,
     stop_ids: list[int],
+    published: bool = False,
 ) -> list[Score]:
-    """Scores of a batch of responses: one forward pass of each model, logits in chunks of positions."""
+    """Return the scores of a batch of responses: one forward pass of each model, logits in chunks of positions."""
     device = policy.model.device
     ids, mask = _pad_right(sequences, device)
     rows, columns, targets = (torch.tensor(values, device=device) for values in _positions(sequences))
     sides = [model.states(ids, mask) for model in (policy, reference)]
     chunk = max(1, CHUNK_ELEMENTS // policy.vocabulary)
-    kl, log_ratio = [], []
+    found: list[list[torch.Tensor]] = [[], [], []]
     for i in range(0, len(targets), chunk):
-        where = rows[i : i + chunk], columns[i : i + chunk]
-        p, q = ((logits(states[where]) / temperature).log_softmax(dim=-1) for states, logits in sides)
-        kl.append(token_kl(p, q))
-        wanted = targets[i : i + chunk]
-        log_ratio.append(token_log_prob(p, wanted, stop_ids) - token_log_prob(q, wanted, stop_ids))
-    lengths = [sequence.tokens for sequence in sequences]
-    sums = ([part.sum().item() for part in torch.cat(v).double().split(lengths)] for v in (kl, log_ratio))
-    return [Score(*pair) for pair in zip(*sums, strict=True)]
+        where, wanted = (rows[i : i + chunk], columns[i : i + chunk]), targets[i : i + chunk]
+        logits = [head(states[where]) for states, head in sides]
+        p, q = ((side / temperature).log_softmax(dim=-1) for side in logits)
+        found[0].append(token_kl(p, q))
+        found[1].append(token_log_prob(p, wanted, stop_ids) - token_log_prob(q, wanted, stop_ids))
+        if published:
+            p, q = (token_log_prob(side.log_softmax(dim=-1), wanted, stop_ids) for side in logits)
+            found[2].append(p - q)
+    lengths = [len(sequence.response) for sequence in sequences]
+    sums = [[part.sum().item() for part in torch.cat(v).double().split(lengths)] for v in found if v]
+    return [Score(*values) for values in zip(*sums, strict=True)]
 
 
 def _pad_right(sequences: list[Sequence], device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask [B, T]. The padding's id is 0: no position that counts can see it."""
-    rows = [sequence.prompt + sequence.response for sequence in sequences]
+    """Return token ids and attention mask [B, T]. The padding's id is 0: no position that counts can see it.
+
+    The last sampled token is only predicted, so it is not read.
+    """
+    rows = [sequence.prompt + sequence.response[:-1] for sequence in sequences]
     longest = max(map(len, rows))
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
@@ -125,25 +140,25 @@ def _pad_right(sequences: list[Sequence], device) -> tuple[torch.Tensor, torch.T
 
 
 def _positions(sequences: list[Sequence]) -> tuple[list[int], list[int], list[int]]:
-    """(row, column, target) of every sampled token; the logits of column c predict token c + 1."""
+    """Return (row, column, target) of every sampled token; the logits of column c predict token c + 1."""
     found: tuple[list[int], list[int], list[int]] = ([], [], [])
     for row, sequence in enumerate(sequences):
-        first = len(sequence.prompt) - 1
-        found[0].extend([row] * sequence.tokens)
-        found[1].extend(range(first, first + sequence.tokens))
-        found[2].extend([*sequence.response, *([-1] if sequence.ended else [])])
+        first, tokens = len(sequence.prompt) - 1, len(sequence.response)
+        found[0].extend([row] * tokens)
+        found[1].extend(range(first, first + tokens))
+        found[2].extend(sequence.response)
     return found
 
 
 def batches(sequences: list[Sequence], size: int) -> Iterator[list[int]]:
-    """Indices of `sequences` in batches of similar length, longest first."""
+    """Yield indices of `sequences` in batches of similar length, longest first."""
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i].prompt) - len(sequences[i].response))
     for i in range(0, len(order), size):
         yield order[i : i + size]
 
 
 def mean_and_stderr(values: list[float]) -> tuple[float, float | None]:
-    """Mean and its standard error; None where one value cannot tell."""
+    """Return the mean and its standard error; None where one value cannot tell."""
     mean = math.fsum(values) / len(values)
     if len(values) < 2:
         return mean, None
@@ -152,18 +167,24 @@ def mean_and_stderr(values: list[float]) -> tuple[float, float | None]:
 
 
 def summarize(groups: list[list[tuple[Sequence, Score]]]) -> dict:
-    """The result over prompts.
+    """Return the result over prompts.
 
     Args:
         groups: for every prompt its responses with their scores. Several responses of a prompt are not independent
             of each other, so they are averaged before the standard error is taken.
     """
+
+    def over_prompts(field: str) -> list[float]:
+        return [math.fsum(getattr(score, field) for _, score in group) / len(group) for group in groups]
+
     everything = [pair for group in groups for pair in group]
-    per_prompt = [math.fsum(score.kl for _, score in group) / len(group) for group in groups]
-    ratios = [math.fsum(score.log_ratio for _, score in group) / len(group) for group in groups]
+    per_prompt = over_prompts("kl")
     kl, stderr = mean_and_stderr(per_prompt)
-    log_ratio, log_ratio_stderr = mean_and_stderr(ratios)
-    tokens = sum(sequence.tokens for sequence, _ in everything)
+    log_ratio, log_ratio_stderr = mean_and_stderr(over_prompts("log_ratio"))
+    tokens = sum(len(sequence.response) for sequence, _ in everything)
+    found = {}
+    if everything[0][1].log_ratio_at_one is not None:
+        found["published_kl"], found["published_stderr"] = mean_and_stderr(over_prompts("log_ratio_at_one"))
     return {
         "kl": kl,
         "stderr": stderr,
@@ -174,5 +195,6 @@ def summarize(groups: list[list[tuple[Sequence, Score]]]) -> dict:
         "truncated_fraction": sum(not sequence.ended for sequence, _ in everything) / len(everything),
         "log_ratio_kl": log_ratio,
         "log_ratio_stderr": log_ratio_stderr,
+        **found,
         "kl_of_prompts": per_prompt,
     }

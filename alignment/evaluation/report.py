@@ -1,67 +1,77 @@
-"""One self-contained HTML page with the tables, figures and settings of an evaluation."""
+"""One self-contained HTML page: verdict, main figure, tables, what the models say, settings."""
 
 import base64
 import json
 from html import escape
 from pathlib import Path
 
+from evaluation.answers import answers_section
+from evaluation.run_files import Model, Run
 from evaluation.tables import MISSING
 
-STYLE = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff;
-  max-width: 100rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; }
-th, td { padding: .35rem .6rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
-th { background: #f4f4f4; white-space: normal; vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; }
-td.missing { color: #a33; font-style: italic; }
-figure { margin: 1.2rem 0; } img { max-width: 100%; } figcaption { color: #555; font-size: 13px; }
-pre { background: #f4f4f4; padding: .7rem; overflow-x: auto; font-size: 12.5px; }
-"""
+HERE = Path(__file__).parent
+NO_NETWORK = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
 def page(
     title: str,
-    verdict: str,
+    verdict: list[str],
+    warnings: list[str],
     tables: dict[str, tuple[str, list[list[str]]]],
     figures: dict[str, tuple[str, Path]],
-    settings: dict[str, dict],
+    run: Run,
+    models: list[Model],
 ) -> str:
-    """The page's HTML.
+    """Return the page's HTML.
 
     Args:
-        title, verdict: heading and the finding in words.
+        title: its heading.
+        verdict, warnings: findings in sentences.
         tables: heading → (note, rows, the first being the heading row).
-        figures: name → (caption, PNG file), put into the page itself.
-        settings: heading → what made the data.
+        figures: name → (caption, PNG file), put into the page itself; the first stands beside the verdict.
+        run: its responses and settings are shown.
+        models: whose responses, side by side.
     """
-    body = [f"<h1>{escape(title)}</h1>", f"<p>{escape(verdict)}</p>"]
-    for heading, (note, rows) in tables.items():
-        body += [f"<h2>{escape(heading)}</h2>", f"<p>{escape(note)}</p>", _table(rows)]
-    body.append("<h2>Figures</h2>")
-    body += [_figure(name, *found) for name, found in figures.items()]
-    body.append("<h2>Settings</h2>")
-    for heading, values in settings.items():
-        text = json.dumps(values, indent=2, ensure_ascii=False)
-        body.append(f"<h3>{escape(heading)}</h3><pre>{escape(text)}</pre>")
+    shown = [_figure(name, *found) for name, found in figures.items()]
+    sections = [_section(heading, f'<p class="note">{escape(note)}</p>{html_table(rows)}')
+                for heading, (note, rows) in tables.items()]  # fmt: skip
+    says = answers_section(run, models)
+    if says:
+        sections.insert(1, _section("What the models say", says))
+    if shown[1:]:
+        sections.append(_section("More figures", f'<div class="figures">{"".join(shown[1:])}</div>'))
+    sections.append(_section("Settings", "".join(_settings(*item) for item in run.settings.items())))
+    cards = _card(warnings, "card bad") + _card(verdict, "card")
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{STYLE}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
+        f'<meta http-equiv="Content-Security-Policy" content="{NO_NETWORK}">'
+        f"<style>\n{(HERE / 'report.css').read_text()}</style></head>\n<body>\n<h1>{escape(title)}</h1>\n"
+        f'<div class="first"><div>{cards}</div>{"".join(shown[:1])}</div>\n{"".join(sections)}'
+        f"<script>\n{(HERE / 'report.js').read_text()}</script>\n</body></html>\n"
     )
 
 
-def _table(rows: list[list[str]]) -> str:
+def _section(heading: str, html: str) -> str:
+    return f"<section><h2>{escape(heading)}</h2>\n{html}</section>\n"
+
+
+def _card(sentences: list[str], kind: str) -> str:
+    return f'<div class="{kind}">{"".join(f"<p>{escape(s)}</p>" for s in sentences)}</div>' if sentences else ""
+
+
+def html_table(rows: list[list[str]]) -> str:
+    """Return a table; an interval stands below its value."""
     head = "".join(f'<th scope="col">{escape(text)}</th>' for text in rows[0])
     lines = "".join(f"<tr>{''.join(map(_cell, row))}</tr>\n" for row in rows[1:])
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>{lines}</tbody></table></div>'
 
 
 def _cell(text: str) -> str:
-    return f'<td class="missing">{text}</td>' if text == MISSING else f"<td>{escape(text)}</td>"
+    if text == MISSING:
+        return f'<td class="missing">{text}</td>'
+    value, bracket, interval = escape(text).partition(" [")
+    return f"<td>{value}<small>[{interval}</small></td>" if bracket else f"<td>{value}</td>"
 
 
 def _figure(name: str, caption: str, image: Path) -> str:
@@ -69,3 +79,8 @@ def _figure(name: str, caption: str, image: Path) -> str:
     alt = escape(name.replace("_", " "))
     source = f"data:image/png;base64,{data}"
     return f'<figure><img alt="{alt}" src="{source}"><figcaption>{escape(caption)}</figcaption></figure>'
+
+
+def _settings(heading: str, values: dict) -> str:
+    text = json.dumps(values, indent=2, ensure_ascii=False)
+    return f"<details><summary><span>{escape(heading)}</span></summary><pre>{escape(text)}</pre></details>"

@@ -1,4 +1,4 @@
-"""The tables of the report, as rows of estimates and as Markdown and CSV."""
+"""The tables and the verdict of one run: estimates per model and per pair of samplers, as Markdown and CSV."""
 
 import csv
 import io
@@ -6,113 +6,220 @@ import itertools
 
 import numpy as np
 
-from evaluation.run_files import BASE, FIRST, JUDGES, Model, Run, trajectory
+from evaluation.run_files import BASE, FIRST, JUDGES, KL, TEST, TRAIN, Model, Run, trajectory
 from evaluation.stats import (
     Curve,
+    Effect,
     Estimate,
     Matched,
     distinct,
+    holm,
+    kl_estimate,
     matched_kl,
-    mean_interval,
-    normal_interval,
+    mean_effect,
+    rate_of_wins,
+    wilson,
     wins,
 )
 
 # Column → (heading, digits, whether it is a share that is shown in percent).
 COLUMNS = {
-    "train_reward": ("reward, train prompts", 2, False),
     "test_reward": ("reward, test prompts", 2, False),
-    "test_gain": ("gain over base, test prompts", 2, False),
+    "test_gain": ("gain over base", 2, False),
     "win_rate": ("win rate against base", 1, True),
+    "judge_reward": ("judge's reward", 2, False),
     "judge_win_rate": ("win rate by the judge", 1, True),
-    "judge_reward": ("judge's reward, test prompts", 2, False),
     "kl": ("KL from base", 2, False),
-    "length": ("tokens a response", 1, False),
+    "published_kl": ("KL as published", 2, False),
+    "kl_reward": ("reward where KL is measured", 2, False),
+    "value": ("value there: reward − β·KL", 2, False),
+    "length": ("tokens per response", 1, False),
     "cut": ("cut at the limit", 1, True),
+    "different": ("different responses", 1, True),
     "distinct_1": ("distinct-1", 3, False),
     "distinct_2": ("distinct-2", 3, False),
+    "train_reward": ("reward, train prompts", 2, False),
 }
+OPTIONAL = ("published_kl", "kl_reward", "value")  # left out where no model has them
 MISSING = "missing"
+
+# A model has collapsed where its diversity is below this share of the base model's. A healthy run of the 135M study
+# kept 0.9; one that had collapsed to refusals a third.
+LOST_DIVERSITY = 0.5
+# Nats per token. Healthy 135M runs had 0.06 to 0.1, the collapsed one 0.21.
+RUNAWAY_KL = 0.15
+SEEDS_DIFFER = (
+    "This is one training run, and seeds differ by more than these intervals, which are over prompts only: in three "
+    "seeds of the 135M study such an interval excluded 0 with probability 0.31 to 0.59 for samplers that do not "
+    "differ. So nothing here says which sampler is better; sample_ablation.sh compares them over seeds."
+)
 
 Row = dict[str, Estimate | None]
 
 
-def summary_rows(run: Run, models: list[Model], seed: int) -> dict[Model, Row]:
-    """Every column of every model; None where a file is missing."""
-    return {model: _summary_row(run, model, seed) for model in models}
-
-
-def _summary_row(run: Run, model: Model, seed: int) -> Row:
+def summary_row(run: Run, model: Model, beta: float) -> Row:
+    """Return every column of a model; None where a file is missing. `beta` is the price of a nat, in reward."""
     row: Row = dict.fromkeys(COLUMNS)
-    for column, key in {
-        "train_reward": ("reward", "train"),
-        "test_reward": ("reward", "test"),
-        "judge_reward": ("judge", "test"),
-    }.items():
+    columns = {"train_reward": ("rewards", TRAIN), "test_reward": ("rewards", TEST), "judge_reward": ("judge", TEST)}
+    for column, key in columns.items():
         if (*key, model) in run.answers:
-            row[column] = mean_interval(run.answers[*key, model].rewards, seed)
-    for column, judge in {"win_rate": "reward", "judge_win_rate": "judge"}.items():
-        row[column] = win_rate(run, judge, model, BASE, seed)
-    test, base = (run.answers.get(("reward", "test", m)) for m in (model, BASE))
-    if test and base:
-        row["test_gain"] = mean_interval(test.rewards - base.rewards, seed)
-    if test:
-        texts = [text for responses in test.responses for text in responses]
-        row |= {"length": mean_interval(test.tokens, seed), "cut": mean_interval(test.cut, seed)}
-        for n in (1, 2):
-            share = distinct(texts, n)
-            row[f"distinct_{n}"] = None if share is None else Estimate(share)
+            row[column] = mean_effect(run.answers[*key, model].rewards).interval
+    for column, judge in {"win_rate": "rewards", "judge_win_rate": "judge"}.items():
+        row[column] = win_rate(run, judge, model, BASE)
+    gain = reward_difference(run, model, BASE)
+    row |= {"test_gain": gain and gain.interval, **_text_columns(run, model), **_kl_columns(run, model, beta)}
     if model == BASE:  # beside itself
-        row |= {"kl": Estimate(0.0), "test_gain": Estimate(0.0) if test else None}
+        row |= {"test_gain": gain and Estimate(0.0), "kl": Estimate(0.0)}
         row |= {c: row[c] and Estimate(0.5) for c in ("win_rate", "judge_win_rate")}
-    elif model in run.kl:
-        row["kl"] = normal_interval(run.kl[model]["kl"], run.kl[model]["stderr"])
     return row
 
 
-def win_rate(run: Run, judge: str, ours: Model, theirs: Model, seed: int) -> Estimate | None:
-    """Share of test prompts on which `judge` gives `ours` the higher score, ties half; paired bootstrap interval."""
-    found = [run.answers.get((judge, "test", model)) for model in (ours, theirs)]
-    if None in found:
+def _text_columns(run: Run, model: Model) -> Row:
+    test = run.test(model)
+    if not test:
+        return {}
+    shares = {"different": len(set(test.texts)) / len(test.texts)}
+    shares |= {f"distinct_{n}": distinct(test.texts, n) for n in (1, 2)}
+    row = {"length": mean_effect(test.tokens.mean(axis=1)).interval}
+    row["cut"] = wilson(float(test.cut.mean()), len(test.cut))
+    return row | {name: None if share is None else Estimate(share) for name, share in shares.items()}
+
+
+def _kl_columns(run: Run, model: Model, beta: float) -> Row:
+    row: Row = {}
+    if model in run.kl:
+        row["kl"] = kl_estimate(kl_of(run, model)[None])
+        if "published_kl" in run.kl[model]:  # get_kl.py --published_estimator
+            count = len(run.kl[model]["kl_of_prompts"])
+            stderr = run.kl[model].get("published_stderr")
+            row["published_kl"] = Effect(run.kl[model]["published_kl"], stderr, count - 1).interval
+    if (values := value_of(run, model, beta)) is not None:
+        rewards = run.answers["rewards", KL, model].rewards
+        row |= {"kl_reward": mean_effect(rewards).interval, "value": mean_effect(values).interval}
+    return row
+
+
+def kl_of(run: Run, model: Model) -> np.ndarray:
+    """Return the KL of each KL prompt, [P]."""
+    return np.array(run.kl[model]["kl_of_prompts"], dtype=float)
+
+
+def value_of(run: Run, model: Model, beta: float) -> np.ndarray | None:
+    """Return reward - beta · KL of each KL prompt [P], both of the same responses; None where a file is missing."""
+    answers = run.answers.get(("rewards", KL, model))
+    if answers is None or (model != BASE and model not in run.kl):
         return None
-    return mean_interval(wins(found[0].rewards, found[1].rewards), seed)
+    return answers.rewards - (0.0 if model == BASE else beta * kl_of(run, model))
 
 
-def win_rows(run: Run, models: list[Model], seed: int) -> dict[tuple[str, Model, Model], Estimate]:
-    """(judge, ours, theirs) → win rate, for every ordered pair of models that both have answers."""
+def win_rate(run: Run, judge: str, ours: Model, theirs: Model) -> Estimate | None:
+    """Return the share of test prompts on which `judge` gives `ours` the higher score, ties half; None if missing."""
+    found = [run.test(model, judge) for model in (ours, theirs)]
+    return None if None in found else rate_of_wins(wins(found[0].rewards, found[1].rewards)[None])
+
+
+def win_rows(run: Run, models: list[Model]) -> dict[tuple[str, Model, Model], Estimate]:
+    """Return (judge, ours, theirs) → win rate, for every ordered pair of models that both have answers."""
     pairs = itertools.product(JUDGES, itertools.permutations(models, 2))
-    found = {(judge, *pair): win_rate(run, judge, *pair, seed) for judge, pair in pairs}
+    found = {(judge, *pair): win_rate(run, judge, *pair) for judge, pair in pairs}
     return {key: estimate for key, estimate in found.items() if estimate is not None}
 
 
+def reward_difference(run: Run, ours: Model, theirs: Model) -> Effect | None:
+    """Return the mean difference of the training reward, paired over the test prompts."""
+    found = [run.test(model) for model in (ours, theirs)]
+    return None if None in found else mean_effect(found[0].rewards - found[1].rewards)
+
+
 def curve(run: Run, sampler: str, iterations: int) -> Curve | None:
-    """The sampler's models from iteration 1 on that have test rewards and a KL; None if none is its own."""
-    models = [
-        m
-        for m in trajectory(sampler, iterations)
-        if m != BASE and m in run.kl and ("reward", "test", m) in run.answers
-    ]
-    if not set(models) - {FIRST}:
+    """Return the sampler's own models with rewards and a KL; None if there is none.
+
+    The shared iteration 1 is not among them: there all samplers are equal, which would pull differences towards 0.
+    The rewards are of the responses that the KL was measured on where all have them, else of the test prompts.
+    """
+    own = [m for m in trajectory(sampler, iterations)[2:] if m in run.kl]
+    paired = bool(own) and all(("rewards", KL, m) in run.answers for m in own)
+    part = KL if paired else TEST
+    models = [m for m in own if ("rewards", part, m) in run.answers]
+    if not models:
         return None
-    rewards = np.stack([run.answers["reward", "test", m].rewards for m in models])
-    return Curve(rewards, np.array([run.kl[m]["kl_of_prompts"] for m in models]))
+    rewards = np.stack([run.answers["rewards", part, m].rewards for m in models])
+    return Curve(rewards, np.stack([kl_of(run, m) for m in models]), paired)
 
 
-def matched_rows(run: Run, samplers: list[str], iterations: int, seed: int) -> dict[tuple[str, str], Matched | str]:
-    """Pair of samplers → comparison at matched KL, or why there is none."""
-    curves = {sampler: curve(run, sampler, iterations) for sampler in samplers}
-    rows: dict[tuple[str, str], Matched | str] = {}
-    for ours, theirs in itertools.combinations(samplers, 2):
-        if curves[ours] is None or curves[theirs] is None:
-            rows[ours, theirs] = MISSING
-        else:
-            found = matched_kl(curves[ours], curves[theirs], seed)
-            rows[ours, theirs] = found or "the curves do not overlap"
-    return rows
+def last_models(run: Run, samplers: list[str], iterations: int, given: list[str] = ()) -> list[Model]:
+    """Return the base model, iteration 1, all samplers' models of the last evaluated iteration, and those given."""
+    own = [Model(sampler, n) for n in range(2, iterations + 1) for sampler in samplers]
+    last = max((m.iteration for m in own if run.test(m)), default=iterations)
+    shared = [FIRST] if samplers else []
+    return [BASE, *shared, *(m for m in own if m.iteration == last), *(Model(name, None) for name in given)]
+
+
+def pair_table(run: Run, models: list[Model], iterations: int, seed: int) -> list[list[str]]:
+    """Return the last models against each other, and their samplers at matched KL, as texts, heading first."""
+    heading = ["models", "reward difference", "win rate", "win rate by the judge"]
+    matched = ["common KL", "difference at its end", "average difference over it"] if iterations > 1 else []
+    table = [[*heading, *matched]]
+    for ours, theirs in itertools.combinations(models, 2):
+        apart = reward_difference(run, ours, theirs)
+        rates = [cell(win_rate(run, judge, ours, theirs), 1, percent=True) for judge in JUDGES]
+        cells = [f"{ours.label} against {theirs.label}", cell(apart and apart.interval), *rates]
+        table.append(cells + (_matched_cells(run, ours, theirs, iterations, seed) if matched else []))
+    return table
+
+
+def _matched_cells(run: Run, ours: Model, theirs: Model, iterations: int, seed: int) -> list[str]:
+    if None in (ours.iteration, theirs.iteration):
+        return ["one model each", "", ""]
+    curves = [curve(run, model.label, iterations) for model in (ours, theirs)]
+    if None in curves:
+        return [MISSING, "", ""]
+    found: Matched | None = matched_kl(*curves, seed)
+    if found is None:
+        return ["no common range", "", ""]
+    return [f"{found.low:.2f} to {found.kl:.2f}", cell(found.at), cell(found.average)]
+
+
+def verdict(run: Run, models: list[Model]) -> list[str]:
+    """Return what the test prompts show about the last `models`, and what they do not, in sentences."""
+    gains = {m: gain for m in models if m != BASE and (gain := reward_difference(run, m, BASE))}
+    if not gains:
+        return ["No trained model has been evaluated beside the base model yet."]
+    tested = {m: gain for m, gain in gains.items() if gain.p_value is not None}
+    adjusted = dict(zip(tested, holm([gain.p_value for gain in tested.values()]), strict=True))
+    better = [m for m, p in adjusted.items() if p < 0.05 and gains[m].value > 0]
+    worse = [m for m, p in adjusted.items() if p < 0.05 and gains[m].value < 0]
+    each = ", ".join(f"{m.short} {gain.value:+.2f}" for m, gain in gains.items())
+    words = f"{len(better)} of {len(gains)} trained models answer the test prompts better than the base model"
+    words += f", {len(worse)} worse" * bool(worse) + f" (Holm-corrected at 5%). Gains: {each}."
+    return [words, SEEDS_DIFFER]
+
+
+def warnings(run: Run, models: list[Model]) -> list[str]:
+    """Return a sentence for each model that has lost its diversity or has run away from the base model."""
+    found, base = [], run.test(BASE)
+    for model in models:
+        test = run.test(model)
+        if test and base and (lost := lost_diversity(test.texts, base.texts)):
+            found.append(f"{model.title} has collapsed: {lost}.")
+        per_token = run.kl.get(model, {}).get("kl_per_token") or 0
+        if per_token > RUNAWAY_KL:
+            found.append(f"{model.title} is far from the base model: KL {per_token:.2f} nats per token.")
+    return found
+
+
+def lost_diversity(texts: list[str], base: list[str]) -> str | None:
+    """Return in what a model's responses are far less diverse than the base model's to the same prompts."""
+    measures = {"different responses": lambda t: len(set(t)) / len(t), "distinct-2": lambda t: distinct(t, 2)}
+    for name, measure in measures.items():
+        here, there = measure(texts), measure(base)
+        if here is not None and there is not None and here < LOST_DIVERSITY * there:
+            return f"{name} {here:.2f} against {there:.2f} of the base model"
+    return None
 
 
 def cell(estimate: Estimate | None, digits: int = 2, percent: bool = False) -> str:
-    """`value [low, high]`, or that it is missing."""
+    """Return `value [low, high]`, or that it is missing."""
     if estimate is None:
         return MISSING
     scale, unit = (100, "%") if percent else (1, "")
@@ -122,80 +229,16 @@ def cell(estimate: Estimate | None, digits: int = 2, percent: bool = False) -> s
 
 
 def summary_table(rows: dict[Model, Row]) -> list[list[str]]:
-    """The paper's table as texts, heading first."""
-    table = [["model", *(heading for heading, _, _ in COLUMNS.values())]]
+    """Return the table of all models as texts, heading first."""
+    shown = {c: how for c, how in COLUMNS.items() if c not in OPTIONAL or any(row[c] for row in rows.values())}
+    table = [["model", *(heading for heading, _, _ in shown.values())]]
     for model, row in rows.items():
-        cells = [cell(row[c], digits, percent) for c, (_, digits, percent) in COLUMNS.items()]
-        table.append([model.title, *cells])
+        table.append([model.title, *(cell(row[c], digits, percent) for c, (_, digits, percent) in shown.items())])
     return table
-
-
-def last_models(run: Run, samplers: list[str], iterations: int) -> list[Model]:
-    """Base, iteration 1, and every sampler's model of the last iteration that any sampler was evaluated at."""
-    done = [m.iteration for _, part, m in run.answers if part == "test" and m.label in samplers]
-    return [BASE, FIRST, *(Model(sampler, max(done)) for sampler in samplers)] if done else [BASE, FIRST]
-
-
-def pair_table(run: Run, samplers: list[str], iterations: int, seed: int) -> list[list[str]]:
-    """Sampler against sampler at the last iteration and at matched KL as texts, heading first."""
-    table = [
-        [
-            "samplers",
-            "reward difference, test prompts",
-            "win rate",
-            "win rate by the judge",
-            "common KL",
-            "difference at its end",
-            "average difference over it",
-        ]
-    ]
-    matched = matched_rows(run, samplers, iterations, seed)
-    last = {model.label: model for model in last_models(run, samplers, iterations)}
-    for (ours, theirs), found in matched.items():
-        models = [last[name] for name in (ours, theirs) if name in last]
-        cells = [MISSING, MISSING, MISSING]
-        if len(models) == 2:
-            rates = [cell(win_rate(run, judge, *models, seed), 1, percent=True) for judge in JUDGES]
-            cells = [cell(reward_difference(run, *models, seed)), *rates]
-        cells += [found, "", ""]
-        if isinstance(found, Matched):
-            cells[3:] = [f"{found.low:.2f} to {found.kl:.2f}", cell(found.at), cell(found.average)]
-        table.append([f"{ours} against {theirs}", *cells])
-    return table
-
-
-def reward_difference(run: Run, ours: Model, theirs: Model, seed: int) -> Estimate | None:
-    """Mean difference of the training reward on the same test prompts, with its paired bootstrap interval."""
-    found = [run.answers.get(("reward", "test", model)) for model in (ours, theirs)]
-    return None if None in found else mean_interval(found[0].rewards - found[1].rewards, seed)
-
-
-def verdict(run: Run, samplers: list[str], iterations: int, seed: int) -> str:
-    """What the test prompts show and what they do not, in words."""
-    last = last_models(run, samplers, iterations)
-    gains = [(m, reward_difference(run, m, BASE, seed)) for m in last if m != BASE]
-    gains = [(m, gain) for m, gain in gains if gain is not None]
-    if not gains:
-        return "No trained model has been evaluated beside the base model yet."
-    best, gain = max(gains, key=lambda pair: pair[1].value)
-    text = f"Highest mean reward on the test prompts: {best.title}, {gain.value:+.2f} over the base model"
-    text += "." if gain.low is None else f" (95% interval {gain.low:+.2f} to {gain.high:+.2f})."
-    clear, pairs = [], 0
-    for ours, theirs in itertools.combinations(last[2:], 2):
-        difference = reward_difference(run, ours, theirs, seed)
-        if difference is None or difference.low is None:
-            continue
-        pairs += 1
-        if difference.low > 0 or difference.high < 0:
-            better, worse = (ours, theirs) if difference.low > 0 else (theirs, ours)
-            clear.append(f"{better.label} above {worse.label}")
-    if pairs:
-        text += f" Pairs of samplers whose paired difference excludes 0: {', '.join(clear) or 'none'} (of {pairs})."
-    return text
 
 
 def markdown(table: list[list[str]]) -> str:
-    """A table in Markdown, its columns aligned so that it is read as easily in a terminal."""
+    """Return a table in Markdown, its columns aligned so that it is read as easily in a terminal."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     rows = [table[0], ["-" * width for width in widths], *table[1:]]
     lines = [" | ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)) for row in rows]
@@ -203,24 +246,22 @@ def markdown(table: list[list[str]]) -> str:
 
 
 def summary_csv(rows: dict[Model, Row]) -> str:
-    """The table with every bound in a column of its own; an empty field is missing."""
-    header = [f"{column}{end}" for column in COLUMNS for end in ("", "_low", "_high")]
-    lines = [["sampler", "iteration", *header]]
+    """Return the table with every bound in a column of its own; an empty field is missing."""
+    lines = [["sampler", "iteration", *(f"{column}{end}" for column in COLUMNS for end in ("", "_low", "_high"))]]
     for model, row in rows.items():
-        values = [value for column in COLUMNS for value in (row[column] or (None, None, None))]
-        lines.append([model.label, model.iteration, *values])
+        lines.append([*model, *(value for column in COLUMNS for value in (row[column] or (None, None, None)))])
     return csv_text(lines)
 
 
 def win_csv(rows: dict[tuple[str, Model, Model], Estimate]) -> str:
-    """Every win rate, one a line."""
+    """Return every win rate, one per line."""
     lines = [["judge", "sampler", "iteration", "against_sampler", "against_iteration", "win_rate", "low", "high"]]
     lines += [[judge, *ours, *theirs, *estimate] for (judge, ours, theirs), estimate in rows.items()]
     return csv_text(lines)
 
 
 def csv_text(lines: list[list]) -> str:
-    """Rows as CSV."""
+    """Return rows as CSV."""
     file = io.StringIO()
     csv.writer(file, lineterminator="\n").writerows(lines)
     return file.getvalue()

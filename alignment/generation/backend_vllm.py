@@ -1,22 +1,32 @@
-"""Generation with vLLM: one engine, one continuous batch, for any mix of policy, reference and their mixtures."""
+"""Generation with vLLM: one engine, one continuous batch, for any mix of policy, second model and their mixtures."""
 
+import collections
 import gc
-import os
+import itertools
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing import connection
 
+from vllm_logit_mixture import MixtureError, engine_options
+from vllm_logit_mixture.environment import set_defaults
+
+from common.adapters import whole_model
 from common.cli import UserError
-from common.models import default_device, give_memory_back, load_config
-from generation.interface import EngineDied, Request, Response, Sampling
+from common.models import default_device, give_memory_back, load_config, load_tokenizer, tokenizer_fingerprint
+from generation.sampling import EngineDied, Request, Response, Sampling
 
 CPU_OPTIONS = {
-    "enforce_eager": True,  # compiling takes longer than it saves
     # A prompt split over steps draws a token too early, and vLLM winds the request's random stream back, which
     # torch cannot do on a CPU: it would crash.
     "enable_chunked_prefill": False,
     # Responses to one prompt share whole blocks of its cache. vLLM's 128 tokens are longer than most prompts.
     "block_size": 32,
+}
+# What is compiled when an engine starts. Graphs without Inductor cover the steps in which all requests decode.
+COMPILE = {
+    "eager": {"enforce_eager": True},
+    "cudagraphs": {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}},
+    "inductor": {"enforce_eager": False},
 }
 
 
@@ -24,51 +34,54 @@ class VLLMGenerator:
     """Samples responses with one vLLM engine.
 
     Args:
-        policy, reference: model folders or names; give None for the one that no request needs, and the engine
+        policy, second: model folders or names; give None for the one that no request needs, and the engine
             holds a single model. With both, it is the logit mixture of the plugin.
+        others: further models; a request has one weight per model: policy, second, others.
         dtype: float32 or bfloat16.
         max_length: longest prompt + response, in tokens.
         max_num_seqs: how many responses are sampled at a time.
         tensor_parallel_size: over how many GPUs each layer is split.
         gpu_memory_utilization: share of a GPU's memory that the engine may take.
         trust_remote_code: run code that comes with the model.
-        engine_options: anything else for `vllm.LLM`.
+        compile: `eager`, `cudagraphs` (captured at each start, GPU only) or `inductor` (vLLM's default: compiles for
+            minutes for every model folder, since its cache's key holds the folder's name).
+        options: anything else for `vllm.LLM`.
     """
 
     def __init__(
         self,
         policy: str | None,
-        reference: str | None,
+        second: str | None,
         dtype: str,
         max_length: int,
         max_num_seqs: int = 64,
         tensor_parallel_size: int = 1,
         gpu_memory_utilization: float = 0.9,
         trust_remote_code: bool = False,
-        **engine_options,
+        compile: str = "eager",
+        others: Sequence[str] = (),
+        **options,
     ) -> None:
-        self.mixes = policy is not None and reference is not None
-        _set_environment(tensor_parallel_size)
+        models = [policy, second, *others]
+        self.held = [i for i, name in enumerate(models) if name is not None]
+        self.first, self.trust_remote_code = models[self.held[0]], trust_remote_code
+        on_gpu = default_device() == "cuda"
+        if compile == "cudagraphs" and not on_gpu:
+            raise UserError("--compile cudagraphs: needs a GPU")
+        set_defaults(on_gpu, tensor_parallel_size)
         LLM = _import_vllm()
-        options = {"model": policy or reference}
-        if self.mixes:
-            from vllm_logit_mixture import engine_options as mixture_options
-
-            architectures = load_config(policy, "policy", trust_remote_code).architectures
-            options = mixture_options(policy, reference, architectures)
         self.llm = LLM(
-            **options,
+            **_options([models[i] for i in self.held], trust_remote_code),
             dtype=dtype,
             max_model_len=max_length,
             max_num_seqs=max_num_seqs,
             tensor_parallel_size=tensor_parallel_size,
             gpu_memory_utilization=gpu_memory_utilization,
             trust_remote_code=trust_remote_code,
-            load_format="safetensors",
             use_tqdm_on_load=False,
             # The pipeline puts end tokens itself (`Sampling`), the same for both back ends.
             generation_config="vllm",
-            **(CPU_OPTIONS if default_device() == "cpu" else {}) | engine_options,
+            **{"load_format": "safetensors"} | ({} if on_gpu else CPU_OPTIONS) | COMPILE[compile] | options,
         )
         self.window = 4 * max_num_seqs
         _watch_engine(self.llm.llm_engine.engine_core)
@@ -86,6 +99,22 @@ class VLLMGenerator:
         except EngineDeadError:
             raise EngineDied("vLLM's engine process died; the same command continues from here") from None
 
+    def reload_weights(self, policy: str) -> None:
+        """Put another model's weights in the place of the first one's; an engine starts once for many models.
+
+        What the engine samples afterwards is what a fresh one would.
+
+        Raises:
+            UserError: the model has another shape, or another tokenizer.
+        """
+        policy = whole_model(policy, "policy", self.trust_remote_code)
+        for what, of in (("shape", _shape), ("tokenizer", _fingerprint)):
+            if of(policy, self.trust_remote_code) != of(self.first, self.trust_remote_code):
+                raise UserError(f"{policy}: has another {what} than {self.first}, so it needs an engine of its own")
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": policy})
+        self.llm.reset_prefix_cache()
+        self.first = policy
+
     def close(self) -> None:
         """Ends the engine and gives its memory back."""
         self.llm.llm_engine.engine_core.shutdown()
@@ -95,10 +124,13 @@ class VLLMGenerator:
     def _generate(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Response]:
         engine = self.llm.llm_engine
         in_flight = 0
-        waiting = iter(requests)
+        waiting, ready = iter(requests), collections.deque()
         while True:
-            while in_flight < self.window and (request := next(waiting, None)) is not None:
-                self._add(request, sampling)
+            if not ready and in_flight < self.window:
+                # Requests that need the same models run together: a model that none in the batch needs rests.
+                ready.extend(sorted(itertools.islice(waiting, self.window), key=_weighed))
+            while ready and in_flight < self.window:
+                self._add(ready.popleft(), sampling)
                 in_flight += 1
             if not in_flight:
                 return
@@ -116,11 +148,35 @@ class VLLMGenerator:
             stop_token_ids=sampling.stop_token_ids,
             seed=request.seed,
             detokenize=False,
-            extra_args={"mixture": list(request.weights)} if self.mixes else None,
+            extra_args={"mixture": [request.weights[i] for i in self.held]} if len(self.held) > 1 else None,
         )
         engine = self.llm.llm_engine
         [prompt] = engine.renderer.render_cmpl([{"prompt_token_ids": request.prompt_ids}])
         engine.add_request(request.key, prompt, params)
+
+
+def _options(models: list[str], trust_remote_code: bool) -> dict:
+    """What makes vLLM an engine of one model, or of the plugin's mixture. Raises `UserError` for unlike models."""
+    if len(models) == 1:
+        return {"model": models[0]}
+    try:
+        return engine_options(models, trust_remote_code)
+    except MixtureError as error:
+        raise UserError(str(error)) from None
+
+
+def _shape(name: str, trust_remote_code: bool) -> dict:
+    """All that a model's configuration says of its weights and of what is done with them."""
+    config = load_config(name, "model", trust_remote_code).to_diff_dict()
+    return {key: value for key, value in config.items() if key not in ("transformers_version", "dtype", "use_cache")}
+
+
+def _fingerprint(name: str, trust_remote_code: bool) -> str:
+    return tokenizer_fingerprint(load_tokenizer(name, "model", trust_remote_code))
+
+
+def _weighed(request: Request) -> tuple[bool, ...]:
+    return tuple(weight != 0 for weight in request.weights)
 
 
 def _watch_engine(core) -> None:
@@ -143,9 +199,8 @@ def _as_response(output, sampling: Sampling) -> Response:
     if answer.finish_reason not in ("stop", "length"):
         raise UserError(f"vLLM ended response {output.request_id} with {answer.finish_reason!r}")
     ids = list(answer.token_ids)
-    if ids and ids[-1] in sampling.stop_token_ids:
-        return Response(output.request_id, ids[:-1], "stop")
-    return Response(output.request_id, ids, "length")
+    ended = bool(ids) and ids[-1] in sampling.stop_token_ids
+    return Response(output.request_id, ids, "stop" if ended else "length")
 
 
 def _import_vllm():
@@ -160,22 +215,3 @@ def _import_vllm():
         gc.enable()
     gc.freeze()
     return LLM
-
-
-def _set_environment(tensor_parallel_size: int) -> None:
-    """What vLLM reads from the environment when it is imported; a user's own setting wins."""
-    # Where Triton is present vLLM would take its second model runner, which refuses the interface through which the
-    # plugin follows batch slots. One runner for all samplers, so that they differ in nothing else.
-    defaults = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
-    if default_device() == "cpu":
-        defaults |= {
-            "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # its own binding leaves cores idle
-            "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // tensor_parallel_size)),
-        }
-        if tensor_parallel_size == 1:
-            defaults["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    if os.environ.get("VLLM_LOGGING_LEVEL") is None:
-        defaults["VLLM_LOGGING_LEVEL"] = "ERROR"
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)

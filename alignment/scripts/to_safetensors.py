@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import Parser, UserError, first_line, run
+from common.records import rename_flushed
 
 
 def main() -> None:
@@ -32,7 +33,7 @@ def main() -> None:
         raise UserError(f"{args.model_name_or_path}: cannot be loaded ({first_line(error)})") from None
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
-    os.replace(temporary, args.output_dir)
+    rename_flushed(temporary, args.output_dir)
     print(f"to_safetensors: wrote {args.output_dir}")
 
 

@@ -16,8 +16,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the work is divided between pro
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import bandit
+
+bandit.require("numpy", "numba", "matplotlib")  # isort: split
+
 import numpy as np
-from tqdm import tqdm
 
 from bandit import ablation, outputs
 from bandit.settings import BadInput, OneLineParser, at_least
@@ -54,14 +57,10 @@ def make_parser() -> OneLineParser:
 
 def compute(sweeps: dict, args: argparse.Namespace) -> tuple[dict, dict]:
     """All cells, with a progress bar."""
-    total = sum(np.prod(sweep.shape) for sweep in sweeps.values())
-    with tqdm(total=int(total), unit="cell", disable=None) as bar:
-
-        def progress(name: str) -> None:
-            bar.set_description(name)
-            bar.update()
-
-        return ablation.compute(sweeps, args.num_envs, args.num_tuning, args.seed, args.num_workers, progress)
+    show = outputs.progress_bar(int(sum(np.prod(sweep.shape) for sweep in sweeps.values())), "cell")
+    return ablation.compute(
+        sweeps, args.num_envs, args.num_tuning, args.seed, args.num_workers, lambda name: show(name, 1)
+    )
 
 
 def write(folder: Path, config: dict, sweeps: dict, results: dict, steps: dict) -> None:

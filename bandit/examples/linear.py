@@ -20,8 +20,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the work is divided between pro
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import bandit
+
+bandit.require("numpy", "numba", "matplotlib")  # isort: split
+
 import numpy as np
-from tqdm import tqdm
 
 from bandit import linear, outputs
 from bandit.samplers import get_sampler
@@ -122,7 +125,11 @@ def compute(config: dict, num_workers: int) -> dict:
     )  # fmt: skip
     with Pool(num_workers) if num_workers > 1 else nullcontext() as pool:
         done = pool.imap(job, jobs) if pool else map(job, jobs)
-        return dict(zip(jobs, tqdm(done, total=len(jobs), unit="problem", disable=None), strict=True))
+        results, show = {}, outputs.progress_bar(len(jobs), "problem")
+        for (variant, d), found in zip(jobs, done, strict=True):
+            results[variant, d] = found
+            show(f"{variant}, d = {d}", 1)
+        return results
 
 
 def write(folder: Path, config: dict, results: dict) -> None:

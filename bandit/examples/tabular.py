@@ -8,13 +8,17 @@ config.json instead. The paper's figure with exact gradients:
 """
 
 import sys
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import bandit
+
+bandit.require("numpy", "numba", "matplotlib")  # isort: split
+
 import numpy as np
-from tqdm import tqdm
 
 from bandit import outputs, presets, settings, theory
 from bandit.problem import Bandit, make_bandit
@@ -58,24 +62,25 @@ def run(config: dict, folder: Path, overwrite: bool, with_theory: bool) -> None:
     in_unit = rewards.min() >= 0 and rewards.max() <= 1
     if config["lr"] == "theory" and not in_unit:
         warn("rewards are not in [0, 1], as the theorems assume")
-    derived = {"step_sizes": step_sizes(bandit, config), "versions": {"numpy": version("numpy")}}
+    derived = {
+        "step_sizes": step_sizes(bandit, config),
+        "versions": {name: version(name) for name in ("numpy", "numba")},
+    }
     results = simulate_all(bandit, config)
     write(folder, config, derived, results, rewards, with_theory and (config["lr"] != "theory" or in_unit))
 
 
 def simulate_all(bandit: Bandit, config: dict) -> dict[tuple[str, str], dict[str, np.ndarray]]:
     """Series of every (sampler, mode)."""
-    modes = ["exact", "empirical"] if config["mode"] == "both" else [config["mode"]]
-    keys = [(name, mode) for mode in modes for name in config["samplers"]]
-    results = {}
-    with tqdm(total=len(keys) * (config["num_iter"] - 1), unit="update", disable=None) as bar:
-        for name, mode in keys:
-            bar.set_description(f"{name} {mode}")
-            results[name, mode] = simulate(
-                bandit, name, get_sampler(name), mode, config["lr"], config["num_iter"], config["num_samples"],
-                config["seed"], bar.update,
-            )  # fmt: skip
-    return results
+    keys = [(name, mode) for mode in presets.MODES[config["mode"]] for name in config["samplers"]]
+    show = outputs.progress_bar(len(keys) * config["num_iter"], "update")
+    return {
+        (name, mode): simulate(
+            bandit, name, get_sampler(name), mode, config["lr"], config["num_iter"], config["num_samples"],
+            config["seed"], partial(show, f"{name} {mode}"),
+        )
+        for name, mode in keys
+    }  # fmt: skip
 
 
 def write(folder: Path, config: dict, derived: dict, results: dict, rewards: np.ndarray, with_theory: bool) -> None:

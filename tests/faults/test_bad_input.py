@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -20,13 +21,26 @@ from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file, save_file
 from tiny import CHARACTERS, save_tiny_policy, save_tiny_reward_model, tiny_tokenizer
 
-from common.models import load_config
+from common.journal import Journal
+from common.models import load_config, tokenizer_fingerprint
 
 CASES = [
     pytest.param(script, f"{script} {right} {wrong}", parts, id=f"{Path(script).stem}: {name}")
     for script, right, table in SCRIPTS
     for name, (wrong, parts) in table.items()
 ]
+RULES = """def good(prompt, responses, fields):
+    return [1] * len(responses)
+
+def fails(prompt, responses, fields):
+    return fields["absent"]
+
+def one(prompt, responses, fields):
+    return [1]
+
+def infinite(prompt, responses, fields):
+    return [1, float("inf")]
+"""
 ROW = {
     "prompt": "a cat",
     "responses": ["ab", "cd"],
@@ -34,6 +48,7 @@ ROW = {
     "stop_reasons": ["stop", "length"],
 }
 ROW |= {"pairs": [0, 0], "num_tokens": [2, 2]}
+MADE_WITH = {"generate": {"tokenizer": tokenizer_fingerprint(tiny_tokenizer())}}
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
 
 
@@ -50,6 +65,14 @@ def pairs(*changes: dict) -> str:
     return "".join(json.dumps({**pair, **change}) + "\n" for change in changes)
 
 
+def begun_journal(settings: dict) -> bytes:
+    """What a stage of these settings leaves when it is killed after its first row."""
+    with tempfile.TemporaryDirectory() as folder:
+        journal = Journal(Path(folder) / "out.json", settings)
+        journal.add("0.0", {})
+        return journal.path.read_bytes()
+
+
 def texts() -> dict[str, str | bytes]:
     """Name → content of the files that are written as they stand here."""
     stored = {"generate": {"policy": "x", "temperature": 9}, "annotate": {"a": 1}, "kl": {"temperature": 9}}
@@ -62,6 +85,8 @@ def texts() -> dict[str, str | bytes]:
         "no_rows.json": "[]",
         "no_instances.json": '{"instances": []}',
         "torn.jsonl": '{"prompt": "a"}\n{"prompt": "b\n',
+        "rules.py": RULES,
+        "torn.py": "def good(:",
         "latin.jsonl": b'{"prompt": "\xe9"}\n',
         "deep.json": "[" * 100_000,
         "digits.json": "[" + "9" * 5000 + "]",
@@ -71,11 +96,19 @@ def texts() -> dict[str, str | bytes]:
         "blank.json": '[{"prompt": " "}]',
         "half.json": '[{"prompt": "a"}, {"prompt": "\\ud800"}]',
         "chat.jsonl": json.dumps({"messages": [USER, ANSWER, USER]}) + "\n",
+        "answered.jsonl": "".join(json.dumps({"messages": m}) + "\n" for m in ([USER], [USER, ANSWER])),
+        "system.jsonl": json.dumps({"messages": [{"role": "system", "content": "be kind"}]}) + "\n",
+        "torn.parquet": b"PAR1 and no more",
+        "torn.jsonl.gz": b"\x1f\x8b and no more",
+        "bare/README": "",
+        "beyond.json": data({"response_ids": [[4], [999]]}, response_ids=[[4], [5]], settings=MADE_WITH),
+        "text_ids.json": data({"response_ids": [[4], ["5"]]}, response_ids=[[4], [5]]),
+        "few_ids.json": data({"response_ids": [[4]]}, response_ids=[[4], [5]]),
         "role.jsonl": json.dumps({"messages": [{**USER, "role": 3}]}) + "\n",
         "foreign.json": '{"instances": []}',
         "odd.json": data(settings=[1]),
         "made.json": data(settings=stored),
-        "begun.json.journal": '{"K": 5}\n{"key": "0.0", "row": {}}\n',
+        "begun.json.journal": begun_journal({"K": 5}),
         "odd_row.json.journal": '{"K": 5}\n{"row": {}}\n',
         "broken.json.journal": '{"K": 5\n',
         "uneven.json": data({"responses": list("abc"), "rewards": [1, 2, 3], "stop_reasons": None, "pairs": None,
@@ -97,15 +130,16 @@ def texts() -> dict[str, str | bytes]:
         "bad_sampler.json": data(settings={"generate": {"policy": "policy", "sampler": [1, 2]}}),
         "pair_type.jsonl": pairs({}, {"rejected": 3}),
         "one_prompt.jsonl": pairs({}, {}),
+        "alike.jsonl": pairs({"rejected": "b"}, {"prompt": "d?", "rejected": "b"}),
         "trained/settings.json": '{"train": {"beta": 7}}',
-        "run_file/data/test_data_with_rewards_iter0_base_0.json": data(),
+        "run_file/eval/test_prompts/base_iter0_rewards.json": data(),
         "run_file/results": "",
-        "run_kl/data/test_data_with_rewards_iter0_base_0.json": data(),
-        "run_kl/results/kl_iter1_1.json": '{"kl": "much", "kl_of_prompts": [1, 2]}',
-        "run_mixed/data/test_data_with_rewards_iter0_base_0.json": data(settings={"generate": {"K": 1}}),
-        "run_mixed/data/test_data_with_rewards_iter0_iter1_1.json": data(settings={"generate": {"K": 2}}),
-        "run_prompts/data/test_data_with_rewards_iter0_base_0.json": data(),
-        "run_prompts/data/test_data_with_rewards_iter0_iter1_1.json": data({"prompt": "else"}),
+        "run_kl/eval/test_prompts/base_iter0_rewards.json": data(),
+        "run_kl/results/kl_shared_iter1.json": '{"kl": "much", "kl_of_prompts": [1, 2]}',
+        "run_mixed/eval/test_prompts/base_iter0_rewards.json": data(settings={"generate": {"K": 1}}),
+        "run_mixed/eval/test_prompts/shared_iter1_rewards.json": data(settings={"generate": {"K": 2}}),
+        "run_prompts/eval/test_prompts/base_iter0_rewards.json": data(),
+        "run_prompts/eval/test_prompts/shared_iter1_rewards.json": data({"prompt": "else"}),
     }  # fmt: skip
 
 
@@ -113,6 +147,7 @@ def make_models(folder: Path) -> None:
     """Good models, and some that are wrong in one thing each."""
     save_tiny_policy(folder / "policy", 0)
     save_tiny_policy(folder / "reference", 1, hidden=64, layers=1)
+    save_tiny_policy(folder / "short", 1, context=32)
     save_tiny_reward_model(folder / "reward", 2)
     save_tiny_reward_model(folder / "two_labels", 2, labels=2)
     save_tiny_policy(folder / "other", 2, tokenizer=tiny_tokenizer(characters=CHARACTERS[::-1]))

@@ -15,11 +15,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from commands import ALIGNMENT, bash, python
+from commands import ALIGNMENT, bash, ends_in_one_line, python, settings
+from driver_runs import EVALUATE, KL, SLOW, TRAIN, inputs, journal_rows, start, wait_until
 from safetensors.torch import load_file, save_file
-from test_kill import TRAIN, environment, journal_rows, wait_until
-from test_training import losses
 from tiny import save_tiny_policy, save_tiny_reward_model
+from training_runs import losses
 
 from common.journal import journal_path
 from common.records import read_records
@@ -88,16 +88,6 @@ def kl(place: Path, output: Path, *more):
     )
 
 
-def ends_in_one_line(result: subprocess.CompletedProcess, *parts: object) -> None:
-    """Exit code 2 and an error of one line that holds `parts`; before it only progress bars."""
-    assert result.returncode == 2, result.stdout + result.stderr
-    lines = [line for line in result.stderr.replace("\r", "\n").splitlines() if line.strip()]
-    errors = [line for line in lines if "it/s]" not in line and "response/s" not in line and "%|" not in line]
-    assert len(errors) == 1, result.stderr
-    for part in parts:
-        assert str(part) in errors[0]
-
-
 @pytest.fixture
 def disk(tmp_path):
     """A file system of 8 MiB in memory."""
@@ -118,7 +108,7 @@ def leave(disk: Path, free: int) -> Path:
     return filler
 
 
-@pytest.mark.parametrize(("free", "named"), [(8 * KIB, "out.json.journal"), (32 * KIB, "out.json")])
+@pytest.mark.parametrize(("free", "named"), [(8 * KIB, "out.json.journal"), (64 * KIB, "out.json")])
 def test_disk_full_while_generating(place, tmp_path, disk, free, named):
     """In the journal, and with a whole journal in the final file."""
     assert generate(place, tmp_path / "whole.json").returncode == 0
@@ -169,7 +159,7 @@ def test_read_only_output(place, disk):
         annotate(place, place / "data.json", disk / "out.json"),
         train(place, place / "data.json", disk / "out"),
         kl(place, disk / "out.json"),
-        bash(f"alignment/{TRAIN}", **{**environment(place), "RUN_DIR": str(disk / "run")}),
+        bash(f"alignment/{TRAIN}", *settings(**inputs(place), RUN_DIR=disk / "run")),
     ):
         ends_in_one_line(result, readonly)
     assert not list(disk.iterdir())
@@ -244,32 +234,30 @@ def test_a_torn_model_is_named(place, tmp_path):
 
 def test_two_drivers_on_one_run_folder(place, tmp_path):
     """The second is refused; the lock goes with the first, also where a stage of it lives on."""
-    variables = {**environment(place), "RUN_DIR": str(tmp_path / "run"), "PYTHONPATH": ""}
-    with open(tmp_path / "log", "wb") as log:
-        first = subprocess.Popen(
-            ["bash", str(ALIGNMENT / TRAIN)], env=variables, stdout=log, stderr=log, start_new_session=True
-        )
+    given = inputs(place) | SLOW | {"RUN_DIR": tmp_path / "run"}
+    words = settings(**given)
+    first = start(TRAIN, given, tmp_path / "log")
     try:
         data = tmp_path / "run" / "data"
         assert wait_until(lambda: journal_rows(data).get("gen_data_iter1_online.json.journal"), first)
         (stage,) = psutil.Process(first.pid).children()
         stage.suspend()
-        for driver in (TRAIN, "sample_kl.sh", "sample_eval_safe_rlhf.sh"):
+        for driver in (TRAIN, KL, EVALUATE):
             ends_in_one_line(
-                bash(f"alignment/{driver}", **variables),
+                bash(f"alignment/{driver}", *words),
                 driver,
                 f"another driver works in {tmp_path / 'run'}",
             )
         first.kill()
         first.wait()
         assert stage.is_running()
-        third = bash(f"alignment/{TRAIN}", **variables)
+        third = bash(f"alignment/{TRAIN}", *words)
         assert third.returncode == 2
         assert "another driver" not in third.stderr
         assert "another process is writing gen_data_iter1_online.json" in third.stderr
         stage.kill()
         time.sleep(0.1)
-        fourth = bash(f"alignment/{TRAIN}", **{**variables, "ITERS": "1"})
+        fourth = bash(f"alignment/{TRAIN}", *words, "ITERS=1")
         assert fourth.returncode == 0, fourth.stderr
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -283,7 +271,7 @@ def test_too_long_prompts_are_left_out_and_counted(place, tmp_path):
     assert 0 < len(kept) < 60
     assert f"{60 - len(kept)} prompts left out as too long" in result.stdout
     ends_in_one_line(generate(place, tmp_path / "none.json", "--max_input_length", 3), "60 left out as too long")
-    ends_in_one_line(generate(place, tmp_path / "none.json", "--max_input_length", 250), "250", "256 tokens")
+    ends_in_one_line(generate(place, tmp_path / "none.json", "--max_new_tokens", 256), "256 tokens")
 
 
 def test_long_and_empty_texts_go_through_annotation_and_training(place, tmp_path):

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import pytest
 import torch
 from commands import ALIGNMENT
+from driver_runs import EVALUATE, KL, SLOW, TRAIN, inputs, journal_rows, save_inputs, start, wait_until
 from safetensors.torch import load_file
-from tiny import save_tiny_policy, save_tiny_reward_model
 
 pytestmark = pytest.mark.slow
 
@@ -40,9 +40,6 @@ def kill(happening, arguments):
 if event:
     sys.addaudithook(kill)
 """
-
-TRAIN, KL, EVALUATE = "sample_train_safe_rlhf.sh", "sample_kl.sh", "sample_eval_safe_rlhf.sh"
-BATCH = 2  # responses in flight
 
 
 class Moment(NamedTuple):
@@ -62,7 +59,7 @@ MOMENTS = [
     Moment(TRAIN, event)
     for event in (
         # generation
-        "after generate iter1",
+        "after generate 1 online",
         "import transformers",
         "rows gen_data_iter1_online.json 1",
         "rows gen_data_iter1_online.json 7",
@@ -84,11 +81,11 @@ MOMENTS = [
         "rows gen_data_iter2_mixp.json 3",
     )
 ] + [
-    Moment(KL, "rows kl_iter1_1.json 2"),  # sampling: 4 rows
-    Moment(KL, "open kl_iter1_1.json.tmp"),  # scored: 4 rows more
-    Moment(KL, "os.rename kl_iter1_1.json"),
-    Moment(EVALUATE, "open test_gen_data_iter1_base_0.json.journal"),  # the second of two slices
-    Moment(EVALUATE, "os.rename test_data_with_judge_iter0_iter1_1.json"),
+    Moment(KL, "rows kl_shared_iter1.json 2"),  # sampling: 4 rows
+    Moment(KL, "open kl_shared_iter1.json.tmp"),  # scored: 4 rows more
+    Moment(KL, "os.rename kl_shared_iter1.json"),
+    Moment(EVALUATE, "open train_prompts/base_iter0.json.journal"),  # the second of two slices
+    Moment(EVALUATE, "os.rename test_prompts/shared_iter1_judge.json"),
     Moment(EVALUATE, "os.rename results/report.html"),
 ]
 
@@ -97,94 +94,26 @@ MOMENTS = [
 def place(tmp_path_factory) -> Path:
     """Tiny models, prompts, and the killer."""
     folder = tmp_path_factory.mktemp("kill")
-    save_tiny_policy(folder / "policy", 0, hidden=64, layers=2, heads=2)
-    save_tiny_reward_model(folder / "reward", 1)
-    save_tiny_reward_model(folder / "judge", 2)
-    words = ["cat", "dog", "sun", "tea", "sea", "ink", "owl", "map", "ice", "egg", "jam", "key"]
-    (folder / "prompts.json").write_text(json.dumps([{"prompt": f"what is a {w}?"} for w in words]))
+    save_inputs(folder)
     (folder / "killer").mkdir()
     (folder / "killer" / "sitecustomize.py").write_text(KILLER)
     return folder
 
 
-def environment(place: Path, driver: str = TRAIN) -> dict[str, str]:
-    """Constants of the recipe: seconds a stage, a journal that grows two rows at a time, a checkpoint every step."""
-    constants = {
-        "RECIPE": "quickstart",
-        "RUN_DIR": "run",
-        "BASE_MODEL": place / "policy",
-        "REWARD_MODEL": place / "reward",
-        "JUDGE_MODEL": place / "judge",
-        "PROMPTS": place / "prompts.json",
-        "SAMPLERS": "online mixp",  # in one process, one after the other
-        "ITERS": 2 if driver == TRAIN else 1,
-        "BACKEND": "hf",
-        "GENERATION_DTYPE": "float32",
-        "MAX_NUM_SEQS": BATCH,
-        "TEMPLATE": "none",
-        "REWARD_TEMPLATE": "none",
-        "TRAIN_END": 8,
-        "TEST_START": 8,
-        "TEST_END": 12,
-        "KL_PROMPTS": 4,
-        "MAX_NEW_TOKENS": 16,
-        "MAX_PROMPT_LENGTH": 24,
-        "MAX_LENGTH": 48,
-        "LEARNING_RATE": 1e-3,
-        "BF16": "False",
-        "GLOBAL_BATCH": 2,
-        "PER_DEVICE_BATCH": 2,
-        "EPOCHS": 2,
-        "SAVE_STRATEGY": "steps",
-        "SAVE_STEPS": 1,
-        "PYTHONUNBUFFERED": 1,  # the logs are counted
-        "PYTHONPATH": place / "killer",
-    }
-    return {**os.environ, **{name: str(value) for name, value in constants.items()}}
-
-
-def start(place: Path, folder: Path, driver: str, log: Path, kill_before: str = "") -> subprocess.Popen:
-    """Starts a driver as the leader of a process group of its own; what it prints goes to `log`."""
-    with open(log, "wb") as output:
-        return subprocess.Popen(
-            ["bash", str(ALIGNMENT / driver)],
-            env={**environment(place, driver), "KILL_BEFORE": kill_before},
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-
-
-def journal_rows(folder: Path) -> dict[str, list[bytes]]:
-    """Journal → its whole lines, without the first, which holds the settings."""
-    found = {}
-    for path in folder.rglob("*.journal"):
-        try:
-            found[path.name] = path.read_bytes().split(b"\n")[1:-1]
-        except FileNotFoundError:  # finished while we looked
-            continue
-    return found
-
-
-def wait_until(condition, process: subprocess.Popen) -> bool:
-    """Whether `condition()` came true before the process ended."""
-    while process.poll() is None:
-        if condition():
-            return True
-        time.sleep(0.005)
-    return False
+def begin(place: Path, folder: Path, driver: str, log: Path, kill_before: str = "") -> subprocess.Popen:
+    """Start a driver in `folder`."""
+    given = inputs(place) | SLOW | {"RUN_DIR": "run"} | ({} if driver == TRAIN else {"ITERS": 1})
+    return start(driver, given, log, folder, PYTHONPATH=str(place / "killer"), KILL_BEFORE=kill_before)
 
 
 def kill_at(place: Path, folder: Path, moment: Moment, log: Path, rng: random.Random) -> None:
     """Runs the driver and kills it at the moment; fails if it ends before."""
     kind, _, rest = moment.event.partition(" ")
     if kind not in ("rows", "after"):
-        process = start(place, folder, moment.driver, log, moment.event)
+        process = begin(place, folder, moment.driver, log, moment.event)
         process.wait(timeout=120)
     else:
-        process = start(place, folder, moment.driver, log)
+        process = begin(place, folder, moment.driver, log)
         if kind == "rows":
             name, count = rest.split()
             came = wait_until(lambda: len(journal_rows(folder).get(f"{name}.journal", ())) >= int(count), process)
@@ -198,7 +127,7 @@ def kill_at(place: Path, folder: Path, moment: Moment, log: Path, rng: random.Ra
 
 
 def finish(place: Path, folder: Path, driver: str, log: Path) -> None:
-    process = start(place, folder, driver, log)
+    process = begin(place, folder, driver, log)
     assert process.wait(timeout=300) == 0, log.read_text(errors="replace")[-3000:]
 
 
@@ -259,7 +188,13 @@ def test_data_and_results_are_byte_identical(runs, name, count):
     killed = getattr(runs, name)
     files = [
         file.relative_to(killed)
-        for pattern in ("run/data/*.json", "run/results/*.json", "run/results/*.csv", "run/results/*.md")
+        for pattern in (
+            "run/data/*.json",
+            "run/eval/*/*.json",
+            "run/results/*.json",
+            "run/results/*.csv",
+            "run/results/*.md",
+        )
         for file in killed.glob(pattern)
         # holds the date of the reference's file
         if not file.name.endswith("reference_logps.json")
@@ -312,7 +247,7 @@ def test_no_work_is_done_twice(runs):
 def test_a_stopped_driver_says_how_to_continue(place, tmp_path, number):
     """SIGTERM and Ctrl-C go to the whole group: no stack trace, nothing left running, the rows are kept."""
     log = tmp_path / "log"
-    process = start(place, tmp_path, TRAIN, log)
+    process = begin(place, tmp_path, TRAIN, log)
     name = "gen_data_iter1_online.json.journal"
     assert wait_until(lambda: len(journal_rows(tmp_path).get(name, ())) >= 2, process)
     os.killpg(process.pid, number)

@@ -8,10 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import ALIGNMENT, bash, run
-from test_drivers import flag
+from commands import ALIGNMENT, bash, run, settings
+from plans import flag
+from plans import refused as refused_line
 
-from common.cli import ENVIRONMENT
+from common.cli import ENVIRONMENT, UserError
+from scripts import resolve
+from scripts.settings import COUNT, KNOWN, NATURAL
 
 SCRIPTS = (
     "generation/generate.py",
@@ -57,9 +60,9 @@ def test_telemetry_is_on_for_who_asks_for_it():
     assert found["hub"] is False and found["environment"]["VLLM_NO_USAGE_STATS"] == "1"
 
 
-def plan(**environment: str) -> dict[str, list[str]]:
-    """Stage → the words of its command as a shell reads them that is given the printed line."""
-    result = bash("alignment/sample_train_safe_rlhf.sh", DRY_RUN="1", **environment)
+def plan(**values: str) -> dict[str, list[str]]:
+    """Return stage → the words of its command as a shell reads them that is given the printed line."""
+    result = bash("alignment/sample_train_safe_rlhf.sh", *settings(DRY_RUN=1, **values))
     assert result.returncode == 0, result.stderr
     printed = re.findall(r"^\[(.+?)\] (.+)$", result.stdout, re.MULTILINE)
     return {stage: run(["bash", "-c", f"printf '%s\\0' {line}"]).stdout.split("\0") for stage, line in printed}
@@ -83,63 +86,65 @@ def hostile(tmp_path) -> dict[str, str]:
 
 KINDS = tuple(hostile(Path()))
 TEXTS = {
-    "BASE_MODEL": ("generate iter2", "--ref_model_name_or_path"),
-    "ITER1_MODEL": ("generate iter2", "--model_name_or_path"),
-    "REWARD_MODEL": ("annotate iter2 mine", "--reward_name_or_path"),
-    "PAIRS_mine": ("generate iter2", "--pairs"),
-    "TEMPLATE": ("generate iter2", "--template"),
-    "TRAIN_START": ("generate iter2", "--start"),
-    "K": ("generate iter2", "--K"),
-    "LOSS_TYPE": ("train iter2 mine", "--loss_type"),
-    "WARMUP_STEPS": ("train iter2 mine", "--warmup_steps"),
-    "RUN_DIR": ("train iter2 mine", "--output_dir"),
+    "TEMPLATE": ("generate 2 mixp", "--template"),
+    "DATASET_KEY": ("generate 2 mixp", "--dataset_key"),
+    "LOSS_TYPE": ("train 2 mixp", "--loss_type"),
+    "LR_SCHEDULER": ("train 2 mixp", "--lr_scheduler_type"),
+    "LORA_TARGETS": ("train 2 mixp", "--lora_target_modules"),
 }
-RIGHT = {"SAMPLERS": "mine", "ITERS": "2", "ITER1_MODEL": "owner/first", "PAIRS_mine": "[[1,[2,-1],[0,1]]]"}
+PATHS = {
+    "BASE_MODEL": ("generate 2 mixp", "--ref_model_name_or_path"),
+    "ITER1_MODEL": ("generate 2 mixp", "--model_name_or_path"),
+    "REWARD_MODEL": ("annotate 2 mixp", "--reward_name_or_path"),
+    "RUN_DIR": ("train 2 mixp", "--output_dir"),
+}
+RIGHT = {"SAMPLERS": "mixp", "ITERS": "2", "USE_LORA": "1"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_words_reach_the_scripts_as_they_are(kind, tmp_path):
-    """All constants at once: each is one word of its command, and nothing in it was run or expanded."""
-    value = hostile(tmp_path)[kind]
-    commands = plan(**RIGHT | dict.fromkeys(TEXTS, value))
-    for name, (stage, flag_name) in TEXTS.items():
-        found = flag(commands[stage], flag_name)
-        assert found == (f"{value}/models/rlhflow_iter2_mine" if name == "RUN_DIR" else value), name
+    """All settings at once: each is one word of its command, and nothing in it was run or expanded."""
+    value = re.sub(r"[\n\t]", "", hostile(tmp_path)[kind])
+    commands = plan(**RIGHT | dict.fromkeys(TEXTS | PATHS, value))
+    for name, (stage, flag_name) in (TEXTS | PATHS).items():
+        expected = f"{value}/models/rlhflow_iter2_mixp" if name == "RUN_DIR" else value
+        assert flag(commands[stage], flag_name) == expected, name
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompts_are_split_at_spaces_and_nothing_else(kind, tmp_path):
-    value = hostile(tmp_path)[kind].replace("\n", " ")
-    words = plan(**RIGHT, PROMPTS=value)["generate iter2"]
+    value = hostile(tmp_path)[kind]
+    words = plan(**RIGHT, PROMPTS=value)["generate 2 mixp"]
     start = words.index("--dataset_name_or_path") + 1
     assert words[start : words.index("--template")] == value.split()
     assert list(tmp_path.iterdir()) == []
 
 
-def refused(tmp_path, **environment: str) -> str:
-    result = bash("alignment/sample_train_safe_rlhf.sh", DRY_RUN="1", **environment)
-    assert result.returncode == 2, result.stdout
-    [line] = result.stderr.splitlines()
+def refused(tmp_path, **values: str) -> str:
+    line = refused_line("sample_train_safe_rlhf.sh", DRY_RUN=1, **values)
     assert list(tmp_path.iterdir()) == []
     return line
 
 
-# Names that become parts of paths, and numbers that bash calculates with (arithmetic runs `a[$(command)]`).
-NUMBERS = ("GPUS", "SEED", "GLOBAL_BATCH", "PER_DEVICE_BATCH", "NUM_MACHINES", "MACHINE_RANK", "TEST_START",
-           "KL_PROMPTS", "ITERS")  # fmt: skip
+@pytest.mark.parametrize("name", TEXTS | PATHS)
+def test_texts_hold_no_control_characters(name, tmp_path):
+    assert name in refused(tmp_path, **{name: f"a\ntouch {tmp_path}/was_run"})
 
 
-@pytest.mark.parametrize("name", NUMBERS)
-def test_numbers_are_checked_before_bash_calculates_with_them(name, tmp_path):
-    for value in (f"a[$(touch {tmp_path}/was_run)]", "-1", "1.5", "010", "", "1 2"):
-        assert refused(tmp_path, **{name: value}).startswith(
-            f"sample_train_safe_rlhf.sh: error: {name} '{value}': not"
-        )
+def test_whole_numbers_are_checked(tmp_path):
+    """Bash calculates with some of them, and arithmetic runs `a[$(command)]`."""
+    wrong = (f"a[$(touch {tmp_path}/was_run)]", "-1", "1.5", "010", "1 2", " 1", "1_0")
+    for name in [name for name, option in KNOWN.items() if option["kind"] in (COUNT, NATURAL)]:
+        for value in wrong:
+            with pytest.raises(UserError, match=f"^{name} "):
+                resolve.read(name, value)
+    assert "ITERS" in refused(tmp_path, ITERS=wrong[0])
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "$(touch was_run)", "`id`", ";id", "*", "..", ".hidden", "-x"])
 def test_samplers_and_recipes_stay_in_their_folders(name, tmp_path):
-    assert f"'{name}'" in refused(tmp_path, RECIPE=name)
-    line = refused(tmp_path, SAMPLERS=name)
-    assert "only letters, digits" in line and f"sampler '{name.split()[0]}'" in line
+    assert "RECIPE" in refused(tmp_path, RECIPE=name)
+    assert "SAMPLERS" in refused(tmp_path, SAMPLERS=name)
+    assert "PAIRS" in refused(tmp_path, PAIRS=json.dumps({name: [[1, [1, 0], [1, 0]]]}))
+    assert "ACCELERATE_CONFIG" in refused(tmp_path, ACCELERATE_CONFIG=name)

@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 from commands import python
-from tiny import save_tiny_policy, tiny_tokenizer
+from tiny import CHARACTERS, save_tiny_policy, tiny_tokenizer
 
-from common.journal import journal_path
+from common.journal import Journal, journal_path
 from common.models import load_causal_lm
 from common.records import read_records
+from generation.prompts import text_digest
 
 PROMPTS = ["hello there", "a cat", "what is this? please say.", "no", "why, oh why", "zebra"]
 
@@ -55,6 +56,7 @@ def test_output_is_the_contract(place, finished):
     assert [i["prompt"] for i in instances] == PROMPTS
     assert all(len(i["responses"]) == 4 and set(i["stop_reasons"]) <= {"stop", "length"} for i in instances)
     assert all(n <= 8 for i in instances for n in i["num_tokens"])
+    assert all([len(ids) for ids in i["response_ids"]] == i["num_tokens"] for i in instances)
     made = settings["generate"]
     assert (made["K"], made["temperature"], made["seed"], made["backend"]) == (4, 1.0, 5, "vllm")
     assert made["sampler"] == [[1.0, [1.5, -0.5], [0.5, 0.5]]]
@@ -73,17 +75,15 @@ def test_continuing_gives_the_same_file(place, finished, tmp_path):
     """A journal with some of the responses, as a kill leaves it, in an order that a kill may leave."""
     instances, settings = read_records(finished)
     output = tmp_path / "out.json"
-    rows = []
+    begun = Journal(output, settings["generate"])
     for index, j in [(4, 1), (0, 0), (0, 3), (2, 2), (5, 0)]:
         instance = instances[index]
-        row = {
-            "text": instance["responses"][j],
-            "stop_reason": instance["stop_reasons"][j],
-            "num_tokens": instance["num_tokens"][j],
-        }
-        rows.append({"key": f"{index}.{j}", "row": row})
-    text = "".join(json.dumps(line) + "\n" for line in [settings["generate"], *rows])
-    journal_path(output).write_text(text + '{"key": "1.1", "row": {"te')
+        row = {"text": instance["responses"][j], "ids": instance["response_ids"][j]}
+        row |= {"stop_reason": instance["stop_reasons"][j], "prompt": text_digest(instance["prompt"])}
+        begun.add(f"{index}.{j}", row)
+    begun.close(done=False)
+    with open(journal_path(output), "a") as file:
+        file.write('{"crc32": "0", "key": "1.1", "row": {"te')
     result = generate(place, output, "--K", 4, backend="vllm")
     assert result.returncode == 0, result.stderr
     assert output.read_bytes() == finished.read_bytes()
@@ -117,10 +117,12 @@ def test_command_lines_in_turn_write_what_each_writes_alone(place, finished, tmp
         *("--dataset_name_or_path", place / "prompts.jsonl", "--sampler", "offline"),
         *("--temperature", 1.0, "--max_new_tokens", 8, "--max_input_length", 40, "--seed", 5),
     )
-    more = "--K", 4, "--then", *flags, "--output_file", second, "--then", *flags, "--K", 0
-    result = generate(place, first, *more, backend="vllm")
+    more = "--K", 4, "--then", *flags, "--output_file", second, "--then", *flags, "--output_file"
+    one_line_error(generate(place, first, *more, first, "--K", 0, backend="vllm"), "--K", "'0'")
+    assert not first.exists()  # a wrong flag is found before the first command line's turn
+    result = generate(place, first, *more, tmp_path, backend="vllm")
     assert (alone.returncode, result.returncode) == (0, 2)
-    assert result.stderr.splitlines()[-1].startswith("generate.py: error: argument --K: '0' is not")
+    assert result.stderr.splitlines()[-1].startswith(f"generate.py: error: {tmp_path}")
     assert first.read_bytes() == finished.read_bytes()
     assert second.read_bytes() == (tmp_path / "alone.json").read_bytes()
 
@@ -130,6 +132,139 @@ def test_greedy_backends_write_the_same_instances(place, tmp_path):
         result = generate(place, tmp_path / f"{backend}.json", "--temperature", 0, backend=backend)
         assert result.returncode == 0, result.stderr
     assert read_records(tmp_path / "vllm.json")[0] == read_records(tmp_path / "hf.json")[0]
+
+
+@pytest.mark.parametrize("backend", ["vllm", "hf"])
+def test_any_of_the_models_stop_tokens_ends_a_response_and_is_its_last_id(tmp_path, backend):
+    """generation_config.json lists `a` beside EOS: it ends responses, stands in their ids and not in their text."""
+    tokenizer = tiny_tokenizer()
+    letter = tokenizer.convert_tokens_to_ids("a")
+    save_tiny_policy(tmp_path / "policy", 0, sharpness=1.0)
+    file = tmp_path / "policy" / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [2, letter]}))
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
+    flags = ("--model_name_or_path", tmp_path / "policy", "--dataset_name_or_path", tmp_path / "prompts.jsonl")
+    more = ("--K", 16, "--temperature", 1, "--max_new_tokens", 24, "--output_file", tmp_path / "out.json")
+    result = python("generation/generate.py", *flags, *more, "--backend", backend)
+    assert result.returncode == 0, result.stderr
+    instances, _ = read_records(tmp_path / "out.json", ("response_ids", "stop_reasons", "num_tokens"))
+    ends = set()
+    for instance in instances:
+        for text, ids, reason in zip(
+            instance["responses"], instance["response_ids"], instance["stop_reasons"], strict=True
+        ):
+            *inner, last = ids
+            assert not {2, letter} & set(inner)
+            assert (reason == "stop") == (last in (2, letter))
+            kept = inner if reason == "stop" else ids
+            assert text == "".join(tokenizer.convert_ids_to_tokens([i for i in kept if i > 3]))
+            ends.add(last if reason == "stop" else None)
+    assert ends == {2, letter, None}
+
+
+def test_a_template_that_writes_the_time_cannot_mix_prompts(tmp_path):
+    """A journal and a result know the prompts that they were made from; the row is named."""
+    tokenizer = tiny_tokenizer(characters=CHARACTERS + "0123456789")
+    tokenizer.chat_template = "{{ now or strftime_now('%H:%M:%S.%f') }} {{ messages[0]['content'] }}"
+    save_tiny_policy(tmp_path / "policy", 0, tokenizer=tokenizer)
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "what now?"}) + "\n")
+    flags = (
+        *("--model_name_or_path", tmp_path / "policy", "--dataset_name_or_path", tmp_path / "prompts.jsonl"),
+        *("--template", "chat", "--max_new_tokens", 4, "--backend", "hf", "--output_file", tmp_path / "out.json"),
+    )
+    assert python("generation/generate.py", *flags).returncode == 0
+    one_line_error(python("generation/generate.py", *flags), "out.json", "prompts.jsonl: line 1")
+    instances, settings = read_records(tmp_path / "out.json")
+    then = instances[0]["prompt"].split()[0]
+    pinned = python("generation/generate.py", *flags, "--chat_template_kwargs", json.dumps({"now": then}))
+    assert pinned.returncode == 0, pinned.stderr
+    # The same of a run that was stopped after its first response.
+    (tmp_path / "out.json").unlink()
+    begun = Journal(tmp_path / "out.json", settings["generate"])
+    row = {"text": instances[0]["responses"][0], "ids": instances[0]["response_ids"][0], "stop_reason": "length"}
+    begun.add("0.0", {**row, "prompt": text_digest(instances[0]["prompt"])})
+    begun.close(done=False)
+    one_line_error(python("generation/generate.py", *flags), "out.json.journal", "prompts.jsonl: line 1")
+    assert (
+        python("generation/generate.py", *flags, "--chat_template_kwargs", json.dumps({"now": then})).returncode == 0
+    )
+    assert read_records(tmp_path / "out.json")[0] == instances
+
+
+def test_without_any_stop_token_responses_are_cut_and_it_is_said(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    save_tiny_policy(tmp_path / "policy", 0, tokenizer=tokenizer)
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "what now?"}) + "\n")
+    flags = ("--model_name_or_path", tmp_path / "policy", "--dataset_name_or_path", tmp_path / "prompts.jsonl")
+    more = ("--max_new_tokens", 4, "--backend", "hf", "--output_file", tmp_path / "out.json")
+    result = python("generation/generate.py", *flags, *more)
+    assert result.returncode == 0, result.stderr
+    assert "no stop token" in result.stdout
+    assert read_records(tmp_path / "out.json")[0][0]["stop_reasons"] == ["length", "length"]
+
+
+def test_prompts_that_leave_no_room_for_a_response_are_left_out_and_counted(place, tmp_path):
+    """The reference reads 32 tokens, 8 of them new: prompts of up to 24 are sampled, whatever --max_input_length."""
+    save_tiny_policy(tmp_path / "short", 1, context=32, hidden=64)
+    (tmp_path / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": "a" * n}) + "\n" for n in (5, 23, 24, 39, 50))
+    )
+    for backend in ("vllm", "hf"):
+        output = tmp_path / f"{backend}.json"
+        more = ("--ref_model_name_or_path", tmp_path / "short", "--dataset_name_or_path", tmp_path / "prompts.jsonl")
+        result = generate(place, output, *more, backend=backend)
+        assert result.returncode == 0, result.stderr
+        assert [len(i["prompt"]) for i in read_records(output)[0]] == [5, 23]
+        assert "3 prompts left out" in result.stdout
+
+
+def test_the_second_model_is_called_what_it_is(place, tmp_path):
+    """`reference` is the reference; the policy of the iteration before is `previous`."""
+    flags = ("--previous_model_name_or_path", place / "reference")
+    assert generate(place, tmp_path / "h.json", *flags, sampler=("--sampler", "history")).returncode == 0
+    assert generate(place, tmp_path / "m.json", *flags, sampler=("--sampler", "mixp")).returncode == 0
+    history, mixp = (read_records(tmp_path / name)[1]["generate"] for name in ("h.json", "m.json"))
+    assert (history["reference"], history["previous"]) == (None, str(place / "reference"))
+    assert mixp["reference"] == str(place / "reference") and "previous" not in mixp
+
+
+def greedy(model, ids: list[int], length: int) -> list[int]:
+    """Ids of an uncached loop; EOS (2) is the last one."""
+    found = []
+    while len(found) < length and 2 not in found:
+        found.append(int(model(torch.tensor([ids + found])).logits[0, -1].argmax()))
+    return found
+
+
+def test_an_adapter_is_its_base_and_itself(place, tmp_path, monkeypatch):
+    """A LoRA adapter's folder as policy: both back ends answer as peft does."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    base = load_causal_lm(str(place / "policy"), "policy", "float32")
+    adapted = get_peft_model(base, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    torch.manual_seed(0)
+    for name, weights in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weights, std=0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(
+        json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": str(place / "policy")})
+    )
+    tokenizer, plain = tiny_tokenizer(), load_causal_lm(str(place / "policy"), "policy", "float32")
+    model = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        expected = [greedy(model, tokenizer(prompt)["input_ids"], 8) for prompt in PROMPTS]
+        with model.disable_adapter():
+            assert expected != [greedy(model, tokenizer(prompt)["input_ids"], 8) for prompt in PROMPTS]
+    for backend in ("hf", "vllm"):
+        more = ("--model_name_or_path", tmp_path / "adapter", "--temperature", 0)
+        output = tmp_path / f"{backend}.json"
+        result = generate(place, output, *more, backend=backend, sampler=("--sampler", "online"))
+        assert result.returncode == 0, result.stderr
+        assert [i["response_ids"][0] for i in read_records(output)[0]] == expected
 
 
 def test_help_explains_every_flag():

@@ -6,11 +6,11 @@ import random
 import pytest
 import torch
 from tiny import save_tiny_policy, tiny_tokenizer
-from vllm_logit_mixture.weights import BatchWeights, mixture_of
+from vllm_logit_mixture import processor
 
 from common.models import load_causal_lm, load_tokenizer
 from generation.backend_hf import HFGenerator, sample
-from generation.interface import Request, Sampling
+from generation.sampling import Request, Sampling
 
 WEIGHTS = [(1.0, 0.0), (0.0, 1.0), (1.5, -0.5), (0.5, 0.5)]
 WORDS = [
@@ -99,9 +99,9 @@ def greedy(models, request: Request, sampling: Sampling):
     ids, sampled = list(request.prompt_ids), []
     while len(sampled) < sampling.max_new_tokens:
         token = int(mixed_logits(models, ids, request.weights).argmax())
+        sampled.append(token)
         if token in sampling.stop_token_ids:
             return sampled, "stop"
-        sampled.append(token)
         ids.append(token)
     return sampled, "length"
 
@@ -122,46 +122,13 @@ def test_greedy_equals_the_definition_for_mixed_weights_in_one_batch(models, eng
 
 def test_slots_really_move_while_results_stay_right(models, engine, monkeypatch):
     moves = []
-    update = BatchWeights.update
-    monkeypatch.setattr(BatchWeights, "update", lambda self, u: (moves.extend(u.moved), update(self, u)))
+    follow = processor.follow
+    monkeypatch.setattr(processor, "follow", lambda weights, u: (moves.extend(u.moved), follow(weights, u)))
     requests = make_requests(8, seed=5)
     sampling = Sampling(0.0, 20, [2, 7, 13, 20])
     expected = {r.key: greedy(models, r, sampling) for r in requests}
     assert by_key(engine.generate(requests, sampling)) == expected
     assert moves, "no request changed its slot: the test shows nothing"
-
-
-def test_batch_weights_follow_any_sequence_of_changes():
-    from vllm import SamplingParams
-    from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
-
-    rng = random.Random(0)
-    slots, weights = 6, BatchWeights(6, torch.device("cpu"))
-    truth = [(1.0, 0.0)] * slots
-    for _ in range(300):
-        removed = rng.sample(range(slots), rng.randint(0, 2))
-        added = [(s, (rng.random(), rng.random())) for s in rng.sample(range(slots), rng.randint(0, 2))]
-        moved = [
-            (*rng.sample(range(slots), 2), rng.choice(list(MoveDirectionality))) for _ in range(rng.randint(0, 2))
-        ]
-        params = [(s, SamplingParams(extra_args={"mixture": list(w)}), None, []) for s, w in added]
-        weights.update(BatchUpdate(batch_size=slots, removed=removed, added=params, moved=moved))
-        for s in removed:
-            truth[s] = (1.0, 0.0)
-        for s, w in added:
-            truth[s] = w
-        for a, b, direction in moved:
-            swap = direction == MoveDirectionality.SWAP
-            truth[a], truth[b] = (truth[b] if swap else truth[a]), truth[a]
-        torch.testing.assert_close(weights.on_device, torch.tensor(truth))
-
-
-@pytest.mark.parametrize("extra", [None, {}, {"mixture": [1]}, {"mixture": [1, float("nan")]}, {"mixture": "ab"}])
-def test_a_request_without_two_weights_is_refused(extra):
-    from vllm import SamplingParams
-
-    with pytest.raises(ValueError, match="must be \\[w_policy, w_reference\\]"):
-        mixture_of(SamplingParams(extra_args=extra))
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
@@ -208,7 +175,6 @@ def test_sampled_frequencies(models, engine, hf):
     exact = (mixed_logits(models, prompt, weights) / temperature).softmax(-1)
     requests = [Request(str(i), prompt, weights, 1000 + i) for i in range(n)]
     for generator in (engine, hf):
-        # With every id a stop token each response is one token; the id itself is then dropped, so ask for length.
         counts = torch.zeros(len(exact), dtype=torch.float64)
         for response in generator.generate(requests, Sampling(temperature, 1, [])):
             counts[response.token_ids[0]] += 1
@@ -221,12 +187,12 @@ def test_gumbel_sampling_at_zero_temperature_is_argmax():
     assert sample(logits, 0, []).tolist() == [1, 0]
 
 
-def test_end_token_is_counted_and_not_part_of_the_text(engine, hf):
+def test_the_stop_token_is_the_last_id(engine, hf):
     requests = make_requests(6, seed=3)
     every = list(range(len(tiny_tokenizer())))
     for generator in (engine, hf):
         for response in generator.generate(requests, Sampling(1.0, 8, every)):
-            assert (response.token_ids, response.stop_reason, response.num_tokens) == ([], "stop", 1)
+            assert (len(response.token_ids), response.stop_reason) == (1, "stop")
 
 
 def test_models_of_the_embedded_kind_load_with_pad_equal_to_eos(tmp_path):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +13,8 @@ from tiny import save_tiny_policy, tiny_config, tiny_tokenizer
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from common.cli import UserError, run
+from common.journal import Journal
+from common.models import load_tokenizer, tokenizer_fingerprint
 from evaluation import get_kl
 from evaluation.kl import (
     LanguageModel,
@@ -46,8 +49,8 @@ def next_log_probs(model, ids, temperature):
         return (model(torch.tensor([ids])).logits[0, -1].double() / temperature).log_softmax(-1).tolist()
 
 
-def all_responses(policy, reference, prompt, temperature):
-    """Every response of up to LENGTH tokens: (Sequence, log pi, log pi_ref), one forward pass a prefix."""
+def all_responses(policy, reference, prompt, temperature, stops=(EOS,)):
+    """Return every response of up to LENGTH tokens: (Sequence, log pi, log pi_ref), one forward pass per prefix."""
     found, open_prefixes = [], [((), 0.0, 0.0)]
     for _ in range(LENGTH):
         longer = []
@@ -56,8 +59,8 @@ def all_responses(policy, reference, prompt, temperature):
             ps, qs = (next_log_probs(m, ids, temperature) for m in (policy, reference))
             for token in range(6):
                 step = p + ps[token], q + qs[token]
-                if token == EOS:
-                    found.append((Sequence(prompt, list(prefix), True), *step))
+                if token in stops:
+                    found.append((Sequence(prompt, [*prefix, token], True), *step))
                 else:
                     longer.append(((*prefix, token), *step))
         open_prefixes = longer
@@ -85,6 +88,125 @@ def test_expectation_is_the_enumerated_kl(pair, enumerated):
         assert score.log_ratio == pytest.approx(p - q, abs=1e-4)
 
 
+STOPS = [EOS, 4]
+
+
+@pytest.fixture(scope="module")
+def two_stops(pair, tmp_path_factory):
+    """The pair's models, which generation_config.json gives a second stop token; and all of their responses."""
+    folder = tmp_path_factory.mktemp("two_stops")
+    for source in pair:
+        shutil.copytree(source, folder / source.name)
+        config = json.loads((source / "generation_config.json").read_text())
+        (folder / source.name / "generation_config.json").write_text(json.dumps({**config, "eos_token_id": STOPS}))
+    models = folder / "policy", folder / "reference"
+    return models, all_responses(*map(load, models), [BOS, 5, 5], 0.8, STOPS)
+
+
+def expectation(responses, values):
+    return math.fsum(math.exp(p) * value for (_, p, _), value in zip(responses, values, strict=True))
+
+
+def test_both_estimators_have_the_same_expectation_with_two_stop_tokens(two_stops):
+    folders, responses = two_stops
+    truth = expectation(responses, [p - q for _, p, q in responses])
+    assert {s.response[-1] for s, _, _ in responses if s.ended} == set(STOPS)
+    models = [LanguageModel(load(folder)) for folder in folders]
+    scores = score_sequences(*models, [s for s, _, _ in responses], 0.8, STOPS)
+    assert expectation(responses, [s.kl for s in scores]) == pytest.approx(truth, rel=1e-5)
+    assert expectation(responses, [s.log_ratio for s in scores]) == pytest.approx(truth, rel=1e-5)
+
+
+def test_sampling_with_two_stop_tokens_agrees_with_the_enumeration(tmp_path, monkeypatch, two_stops):
+    folders, responses = two_stops
+    truth = expectation(responses, [p - q for _, p, q in responses])
+    data = prompts_file(tmp_path / "prompts.jsonl", ["bb"] * 600)
+    words = flags(folders, tmp_path / "kl.json", dataset_name_or_path=data, temperature=0.8, batch_size=50)
+    call(monkeypatch, [*words, "--max_num_seqs", "200", "--published_estimator"])
+    result = json.loads((tmp_path / "kl.json").read_text())
+    assert abs(result["kl"] - truth) < 4 * result["stderr"]
+    assert abs(result["log_ratio_kl"] - truth) < 4 * result["log_ratio_stderr"]
+    # The published estimator: log-ratio at T = 1 of what was sampled at another temperature; not this policy's KL.
+    at_one = {tuple(s.response): p - q for s, p, q in all_responses(*map(load, folders), [BOS, 5, 5], 1.0, STOPS)}
+    published = expectation(responses, [at_one[tuple(s.response)] for s, _, _ in responses])
+    assert abs(result["published_kl"] - published) < 4 * result["published_stderr"]
+
+
+def test_sampled_ids_are_scored_where_this_tokenizer_made_them(tmp_path, monkeypatch, capsys, two_stops):
+    """Responses that no text encodes to: an unknown id in the middle, a second stop token at the end."""
+    folders, _ = two_stops
+    ids = [[5, 3, 5, 4], [3, 5]]
+    row = {"prompt": "bb", "responses": ["bb", "b"], "response_ids": ids, "stop_reasons": ["stop", "length"]}
+    policy, reference = map(load, folders)
+    expected = {}
+    for name, responses in (("ids", ids), ("texts", [[5, 5, "any"], [5]])):
+        sums = []
+        for response in responses:
+            for i, token in enumerate(response):
+                prefix = [BOS, 5, 5, *response[:i]]
+                p, q = (torch.tensor(next_log_probs(model, prefix, 0.8)) for model in (policy, reference))
+                # Of a text that ended it is not known by which of the stop tokens.
+                wanted = STOPS if token == "any" else [token]
+                sums.append((p[wanted].logsumexp(0) - q[wanted].logsumexp(0)).item())
+        expected[name] = math.fsum(sums) / 2
+    fingerprint = tokenizer_fingerprint(load_tokenizer(str(folders[0]), "policy"))
+    for made_by, name in ((fingerprint, "ids"), ("another", "texts"), (None, "texts")):
+        data = tmp_path / f"{made_by}.json"
+        data.write_text(json.dumps({"instances": [row], "settings": {"generate": {"tokenizer": made_by}}}))
+        capsys.readouterr()
+        call(monkeypatch, flags(folders, tmp_path / f"{made_by}_kl.json", responses=data, temperature=0.8))
+        result = json.loads((tmp_path / f"{made_by}_kl.json").read_text())
+        assert result["log_ratio_kl"] == pytest.approx(expected[name], abs=1e-4)
+        assert (str(data) in capsys.readouterr().out) == (name == "texts")
+        assert result["mean_tokens"] == (3 if name == "ids" else 2)
+
+
+def test_responses_longer_than_the_models_read_are_left_out_and_counted(tmp_path, monkeypatch, capsys, pair):
+    rows = [{"prompt": "b" * n, "responses": ["ab"], "stop_reasons": ["length"]} for n in (3, 252, 253, 254, 400)]
+    data = tmp_path / "long.json"
+    data.write_text(json.dumps({"instances": rows}))
+    call(monkeypatch, flags(pair, tmp_path / "kl.json", responses=data))  # 256 positions: BOS + 253 + 2
+    assert json.loads((tmp_path / "kl.json").read_text())["num_prompts"] == 3
+    assert "2 prompts left out" in capsys.readouterr().out
+
+
+def test_other_prompts_than_those_of_the_result_are_refused(tmp_path, monkeypatch, capsys, pair):
+    """A chat template that writes the date: the same command another day, after its end and in its middle."""
+    folder = tmp_path / "policy"
+    shutil.copytree(pair[0], folder)
+    template = folder / "chat_template.jinja"
+    data = prompts_file(tmp_path / "prompts.jsonl", ["ab", "ba"])
+    words = flags((folder, pair[1]), tmp_path / "kl.json", dataset_name_or_path=data, template="chat")
+    template.write_text("{{ day or 'a' }} {{ messages[0]['content'] }}")
+    call(monkeypatch, words)
+    done = (tmp_path / "kl.json").read_bytes()
+    template.write_text("{{ day or 'b' }} {{ messages[0]['content'] }}")
+    for left_behind in ("kl.json", "kl.json.journal"):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as refused:
+            call(monkeypatch, words)
+        error = capsys.readouterr().err
+        assert refused.value.code == 2 and left_behind in error and f"{data}: line 1" in error
+        call(monkeypatch, [*words, "--chat_template_kwargs", '{"day": "a"}'])
+        assert json.loads((tmp_path / "kl.json").read_text())["prompts"] == json.loads(done)["prompts"]
+        (tmp_path / "kl.json").unlink()
+        begun = Journal(tmp_path / "kl.json", json.loads(done)["settings"]["kl"])
+        begun.add("0.0", {"ids": [5], "ended": False, "prompt": json.loads(done)["prompts"][0]})
+        begun.close(done=False)
+
+
+def test_scoring_is_in_float32_unless_asked_otherwise(tmp_path, monkeypatch, pair):
+    data = prompts_file(tmp_path / "prompts.jsonl", ["ab", "ba"])
+    found = {}
+    for name, more in (("exact", {}), ("rough", {"scoring_dtype": "bfloat16"})):
+        output = tmp_path / f"{name}.json"
+        call(monkeypatch, flags(pair, output, dataset_name_or_path=data, temperature=0.8, **more))
+        found[name] = json.loads(output.read_text())
+    assert found["exact"]["settings"]["kl"]["scoring_dtype"] == "float32"
+    assert found["exact"]["kl"] != found["rough"]["kl"]
+    assert found["exact"]["kl"] == pytest.approx(found["rough"]["kl"], rel=0.2)
+
+
 def flags(pair, output, **more):
     named = {"model_name_or_path": pair[0], "ref_model_name_or_path": pair[1], "output_file": output}
     named |= {"backend": "hf", "dtype": "float32", "max_new_tokens": LENGTH, **more}
@@ -105,7 +227,7 @@ def test_sampled_estimate_agrees_with_the_enumerated_kl(tmp_path, monkeypatch, p
     temperature, responses = enumerated
     truth = math.fsum(math.exp(p) * (p - q) for _, p, q in responses)
     cut = math.fsum(math.exp(p) for s, p, _ in responses if not s.ended)
-    tokens = math.fsum(math.exp(p) * s.tokens for s, p, _ in responses)
+    tokens = math.fsum(math.exp(p) * len(s.response) for s, p, _ in responses)
     data = prompts_file(tmp_path / "prompts.jsonl", ["abb"] * 600)
     output = tmp_path / "kl.json"
     words = flags(pair, output, dataset_name_or_path=data, temperature=temperature, max_num_seqs=200, batch_size=50)
@@ -155,7 +277,7 @@ def test_batch_size_changes_nothing(pair, enumerated, batch_size):
     chunks = [sequences[i : i + batch_size] for i in range(0, len(sequences), batch_size)]
     together = [s for c in chunks for s in score_sequences(*models, c, temperature, [EOS])][::23]
     for one, other in zip(alone, together, strict=True):
-        assert one == pytest.approx(other, abs=1e-5)
+        assert one[:2] == pytest.approx(other[:2], abs=1e-5)
 
 
 def test_chunks_of_positions_change_nothing(pair, enumerated, monkeypatch):
@@ -165,7 +287,7 @@ def test_chunks_of_positions_change_nothing(pair, enumerated, monkeypatch):
     whole = score_sequences(*models, sequences, temperature, [EOS])
     monkeypatch.setattr("evaluation.kl.CHUNK_ELEMENTS", 13)
     for one, other in zip(whole, score_sequences(*models, sequences, temperature, [EOS]), strict=True):
-        assert one == pytest.approx(other, abs=1e-5)
+        assert one[:2] == pytest.approx(other[:2], abs=1e-5)
 
 
 def test_identical_models_have_exactly_zero(tmp_path, monkeypatch, pair):
@@ -205,7 +327,7 @@ def test_model_that_caps_its_logits_is_scored_as_its_own_forward_pass():
     models = [Gemma2ForCausalLM(config).eval() for _ in range(2)]
     wrapped = [LanguageModel(model) for model in models]
     assert not wrapped[0].has_plain_head
-    sequence = Sequence([1, 5, 6], [7, 8], True)
+    sequence = Sequence([1, 5, 6], [7, 8, EOS], True)
     p, q = (m(torch.tensor([[1, 5, 6, 7, 8]])).logits[0, 2:].log_softmax(-1) for m in models)
     truth = torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum").item()
     assert score_sequences(*wrapped, [sequence], 1.0, [EOS])[0].kl == pytest.approx(truth, rel=1e-5)

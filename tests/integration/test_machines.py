@@ -16,14 +16,12 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import PROJECT, bash
-from test_drivers import flag, plan
-from test_pipeline import environment, place
-from test_training import losses
+from commands import PROJECT, bash, settings
+from driver_runs import TRAIN, inputs, save_inputs
+from plans import flag, plan
+from training_runs import losses
 
 from common.records import read_records
-
-assert environment, place  # fixtures, used below by their names
 
 SCONTROL = '#!/bin/sh\n[ "$1 $2" = "show hostnames" ] && [ -n "$FAKE_NODES" ] && printf "%s\\n" $FAKE_NODES\n'
 SRUN = """#!{python}
@@ -70,37 +68,28 @@ def steps(cluster: dict) -> list[tuple[dict, list[str]]]:
 
 
 def test_only_the_first_machine_makes_data_and_all_train():
-    common = {"NUM_MACHINES": "2", "MASTER_ADDR": "head", "ITERS": "2", "RUN_DIR": "/run"}
-    common["SAMPLERS"] = "gshf mixp"
-    first = plan("sample_train_safe_rlhf.sh", MACHINE_RANK="0", **common)
-    second = plan("sample_train_safe_rlhf.sh", MACHINE_RANK="1", **common)
-    iterations = ((1, ["online"]), (2, ["gshf", "mixp"]))
+    common = {"NUM_MACHINES": 2, "MASTER_ADDR": "head", "ITERS": 2, "RUN_DIR": "/run", "SAMPLERS": "gshf mixp"}
+    first, second = (plan(TRAIN, MACHINE_RANK=rank, **common) for rank in (0, 1))
     made, waited = [], []
-    for n, samplers in iterations:
-        made += [f"generate iter{n}"]
-        waited += [f"/run/data/gen_data_iter{n}_{sampler}.json" for sampler in samplers]
-        for sampler in samplers:
-            made += [f"annotate iter{n} {sampler}", f"train iter{n} {sampler}"]
-            waited += [f"/run/data/data_with_rewards_iter{n}_{sampler}.json", f"train iter{n} {sampler}"]
+    for n, samplers in ((1, ["online"]), (2, ["gshf", "mixp"])):
+        trainings = [f"train {n} {sampler}" for sampler in samplers]
+        made += [f"generate {n} {' '.join(samplers)}", f"annotate {n} {' '.join(samplers)}", *trainings]
+        for kind in ("gen_data", "data_with_rewards"):
+            waited += [f"/run/data/{kind}_iter{n}_{sampler}.json" for sampler in samplers]
+        waited += trainings
     assert [stage for stage, _ in first] == made
-    # Not until all of an iteration is generated: the processes of a training wait for each other minutes only.
+    # Not until all of an iteration is annotated: the processes of a training wait for each other minutes only.
     assert [words[0] if stage == "wait" else stage for stage, words in second] == waited
-    for stage in ("train iter1 online", "train iter2 mixp"):
-        one, two = dict(first)[stage], dict(second)[stage]
+    for stage in ("train 1 online", "train 2 mixp"):
+        one, two = dict(first)[stage], list(dict(second)[stage])
         assert (flag(one, "--machine_rank"), flag(two, "--machine_rank")) == ("0", "1")
         two[two.index("--machine_rank") + 1] = "0"
         assert one == two  # nothing else differs
 
 
-def test_a_rank_that_no_machine_has_is_refused():
-    done = bash("alignment/sample_train_safe_rlhf.sh", DRY_RUN="1", MACHINE_RANK="1")
-    assert done.returncode == 2
-    assert done.stderr == ("sample_train_safe_rlhf.sh: error: MACHINE_RANK 1: with NUM_MACHINES 1 it is below that\n")
-
-
 def test_slurm_plan(cluster):
     """What the job would run: Ray on each node, then each driver with its rank and everyone's addresses."""
-    done = bash("alignment/configs/slurm.sh", DRY_RUN="1", ITERS="1", RUN_DIR="/run", **cluster)
+    done = bash("alignment/configs/slurm.sh", "DRY_RUN=1", "ITERS=1", "RUN_DIR=/run", **cluster)
     assert done.returncode == 0, done.stderr
     ray = [shlex.split(line) for line in re.findall(r"^\[ray\] (.+)$", done.stdout, re.MULTILINE)]
     assert [words[words.index("start") :][:2] for words in ray] == [
@@ -112,21 +101,20 @@ def test_slurm_plan(cluster):
     [(options, _)] = steps(cluster)  # Ray is only printed
     assert (options["nodes"], options["ntasks"], options["gpus-per-node"]) == ("2", "2", "8")
     assert options["kill-on-bad-exit"] == "1"
-    trainings = [
-        shlex.split(line) for line in re.findall(r"^\[train iter1 online\] (.+)$", done.stdout, re.MULTILINE)
-    ]
+    trainings = [shlex.split(line) for line in re.findall(r"^\[train 1 online\] (.+)$", done.stdout, re.MULTILINE)]
     assert sorted(flag(words, "--machine_rank") for words in trainings) == ["0", "1"]
     for words in trainings:
         assert (flag(words, "--num_machines"), flag(words, "--num_processes")) == ("2", "16")
         assert flag(words, "--main_process_ip") == "127.0.0.1"
         assert flag(words, "--main_process_port") == "22345"
-    assert done.stdout.count("[generate iter1]") == 1
+    assert done.stdout.count("[generate 1 online]") == 1
     assert done.stdout.count("[wait]") == 2  # for the responses, for their rewards
 
 
 def test_slurm_on_one_node_needs_no_ray(cluster):
     one = {**cluster, "FAKE_NODES": "127.0.0.1"}
-    done = bash("alignment/configs/slurm.sh", "sample_train_iterative_prompt.sh", DRY_RUN="1", ITERS="1", **one)
+    words = "sample_train_iterative_prompt.sh", "DRY_RUN=1", "ITERS=1"
+    done = bash("alignment/configs/slurm.sh", *words, **one)
     assert done.returncode == 0, done.stderr
     assert "[ray]" not in done.stdout and "iterative-prompt" in done.stdout
     assert [options["ntasks"] for options, _ in steps(cluster)] == ["1"]
@@ -143,15 +131,15 @@ def test_slurm_on_one_node_needs_no_ray(cluster):
     ],
 )
 def test_slurm_refuses(cluster, words, environment, part):
-    done = bash("alignment/configs/slurm.sh", *words, DRY_RUN="1", **{**cluster, **environment})
+    done = bash("alignment/configs/slurm.sh", *words, "DRY_RUN=1", **{**cluster, **environment})
     assert done.returncode == 2
     [line] = done.stderr.splitlines()
     assert line.startswith("slurm.sh: error: ") and part in line
 
 
 def test_a_driver_that_fails_fails_the_job(cluster):
-    done = bash("alignment/configs/slurm.sh", DRY_RUN="1", ITERS="0", **cluster)
-    assert done.returncode == 2 and "ITERS '0'" in done.stderr
+    done = bash("alignment/configs/slurm.sh", "DRY_RUN=1", "ITERS=0", **cluster)
+    assert done.returncode == 2 and "ITERS" in done.stderr
 
 
 def free_port() -> int:
@@ -161,33 +149,27 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def job(cluster, environment, tmp_path):
-    """A job on two nodes that really trains, with one process a node, on CPUs."""
-    return {
-        **os.environ,
-        **{name: str(value) for name, value in environment.items()},
-        **cluster,
-        "RUN_DIR": str(tmp_path / "run"),
-        "ITERS": "1",
-        "GPUS": "1",
-        "BACKEND": "hf",
-        "DS_ACCELERATOR": "cpu",
-        "ACCELERATE_CONFIG": "cpu",
-        "MASTER_PORT": str(free_port()),
-        "RAY_PORT": str(free_port()),
-    }
+def job(cluster, tmp_path):
+    """The environment and the settings of a job on two nodes that really trains, one process per node, on CPUs."""
+    save_inputs(tmp_path)
+    more = {"ITERS": 1, "GPUS": 1, "BACKEND": "hf", "ACCELERATE_CONFIG": "cpu", "MASTER_PORT": free_port()}
+    values = inputs(tmp_path) | more | {"RUN_DIR": tmp_path / "run"}
+    return os.environ | cluster | {"DS_ACCELERATOR": "cpu", "RAY_PORT": str(free_port())}, settings(**values)
 
 
-def start(job: dict, output: Path) -> subprocess.Popen:
+def start(job: tuple, output: Path) -> subprocess.Popen:
+    environment, words = job
     with output.open("w") as log:
-        command = ["bash", str(PROJECT / "alignment" / "configs" / "slurm.sh")]
-        return subprocess.Popen(command, env=job, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        command = ["bash", str(PROJECT / "alignment" / "configs" / "slurm.sh"), *words]
+        return subprocess.Popen(
+            command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
 
 
-def ray_processes(job: dict) -> list[str]:
+def ray_processes(job: tuple) -> list[str]:
     """Command lines of this job's Ray that are alive (its port is in each)."""
     listed = subprocess.run(["ps", "-ww", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    return [line for line in listed.splitlines() if f":{job['RAY_PORT']}" in line and not line.startswith("ps ")]
+    return [line for line in listed.splitlines() if f":{job[0]['RAY_PORT']}" in line and not line.startswith("ps ")]
 
 
 @pytest.mark.slow
@@ -207,7 +189,7 @@ def test_slurm_job_trains_over_two_nodes_and_ends_ray(job, tmp_path):
     trained = losses(run / "models/rlhflow_iter1")
     assert len(rows) == 8 and len(trained) == 4  # two epochs of 8 pairs, 4 a step
     assert trained[0] == pytest.approx(math.log(2), abs=1e-4)  # the policy is the reference still
-    assert log.count("[generate iter1]") == 1 and log.count("[train iter1 online]") == 2
+    assert log.count("[generate 1 online]") == 1 and log.count("[train 1 online]") == 2
     settings = (run / "models/rlhflow_iter1/settings.json").read_text()
     assert '"num_processes": 2' in settings
 

@@ -5,58 +5,34 @@ import math
 
 import pytest
 import torch
-from commands import bash
+import yaml
+from commands import bash, settings
+from driver_runs import EVALUATE, KL, TRAIN, inputs, save_inputs
 from safetensors.torch import load_file
-from tiny import save_tiny_policy, save_tiny_reward_model
 
 from common.records import read_records
+from scripts.settings import KNOWN
 
 SAMPLERS = ("online", "mixp")
-MODELS = ("base_0", "iter1_1", "online_2", "mixp_2")
+MODELS = ("base_iter0", "shared_iter1", "online_iter2", "mixp_iter2")
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline")
-    save_tiny_policy(folder / "policy", 0, hidden=64, layers=2, heads=2)
-    save_tiny_reward_model(folder / "reward", 1)
-    save_tiny_reward_model(folder / "judge", 2)
-    words = ["cat", "dog", "sun", "tea", "sea", "ink", "owl", "map", "ice", "egg", "jam", "key"]
-    (folder / "prompts.json").write_text(json.dumps([{"prompt": f"what is a {w}?"} for w in words]))
+    save_inputs(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def environment(place):
-    return {
-        "RECIPE": "quickstart",
-        "RUN_DIR": place / "run",
-        "BASE_MODEL": place / "policy",
-        "REWARD_MODEL": place / "reward",
-        "JUDGE_MODEL": place / "judge",
-        "PROMPTS": place / "prompts.json",
-        "SAMPLERS": " ".join(SAMPLERS),
-        "ITERS": "2",
-        "TEMPLATE": "none",
-        "REWARD_TEMPLATE": "none",
-        "TRAIN_END": "8",
-        "TEST_START": "8",
-        "TEST_END": "12",
-        "KL_PROMPTS": "4",
-        "MAX_NEW_TOKENS": "8",
-        "MAX_PROMPT_LENGTH": "24",
-        "MAX_LENGTH": "40",
-        "LEARNING_RATE": "1e-3",
-        "BF16": "False",
-        "GLOBAL_BATCH": "4",
-        "PER_DEVICE_BATCH": "2",
-    }
+def given(place):
+    return inputs(place) | {"RUN_DIR": place / "run"}
 
 
 @pytest.fixture(scope="module")
-def run(place, environment):
-    for driver in ("train_safe_rlhf", "kl", "eval_safe_rlhf"):
-        result = bash(f"alignment/sample_{driver}.sh", **environment)
+def run(place, given):
+    for driver in (TRAIN, KL, EVALUATE):
+        result = bash(f"alignment/{driver}", *settings(**given))
         assert result.returncode == 0, f"{driver}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
     return place / "run"
 
@@ -97,14 +73,19 @@ def test_losses_are_logged(run):
 
 def test_evaluation_files(run):
     for model in MODELS:
-        label, iteration = model.rsplit("_", 1)
-        for part, count in ((0, 4), (1, 8)):
-            for judged in ("rewards", "judge"):
-                file = run / f"data/test_data_with_{judged}_iter{part}_{label}_{iteration}.json"
+        for part, count in (("test_prompts", 4), ("train_prompts", 8)):
+            for scored in ("rewards", "judge"):
+                file = run / f"eval/{part}/{model}_{scored}.json"
                 assert len(read_records(file, ("responses", "rewards"))[0]) == count
-        if model != "base_0":
+        if model != "base_iter0":
             result = json.loads((run / f"results/kl_{model}.json").read_text())
             assert result["kl"] > 0 and result["num_prompts"] == 4
+
+
+def test_settings_are_kept(run, place):
+    kept = yaml.safe_load((run / "settings.yaml").read_text())
+    assert kept["BASE_MODEL"] == str(place / "policy") and kept["LEARNING_RATE"] == 1e-3
+    assert set(kept) == set(KNOWN)
 
 
 def test_report(run):
@@ -114,7 +95,7 @@ def test_report(run):
         assert sampler in table
     assert (results / "report.html").stat().st_size > 50_000
     assert len(list(results.glob("*.png"))) >= 3 and len(list(results.glob("*.pdf"))) >= 3
-    mean = sum(r["rewards"][0] for r in read_records(run / "data/test_data_with_rewards_iter0_base_0.json")[0]) / 4
+    mean = sum(r["rewards"][0] for r in read_records(run / "eval/test_prompts/base_iter0_rewards.json")[0]) / 4
     assert f"{mean:.2f}" in table
 
 
@@ -123,15 +104,16 @@ def test_nothing_unfinished_is_left(run):
     assert left == []
 
 
-def test_a_second_run_does_no_work(run, environment):
+def test_a_second_run_does_no_work(run, given):
     files = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.suffix in (".json", ".safetensors")}
-    result = bash("alignment/sample_train_safe_rlhf.sh", **environment)
+    result = bash(f"alignment/{TRAIN}", *settings(**given))
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("already") == 9
     assert {p: p.stat().st_mtime_ns for p in files} == files
 
 
-def test_other_settings_are_refused(run, environment):
-    result = bash("alignment/sample_train_safe_rlhf.sh", **{**environment, "MAX_NEW_TOKENS": "6"})
+def test_other_settings_are_named_and_refused(run, given):
+    result = bash(f"alignment/{TRAIN}", *settings(**given | {"MAX_NEW_TOKENS": 6}))
     assert result.returncode == 2
+    assert "MAX_NEW_TOKENS 8 -> 6" in result.stdout
     assert "max_new_tokens=8, now max_new_tokens=6" in result.stderr

@@ -16,17 +16,16 @@ from pathlib import Path
 
 import psutil
 import pytest
-from commands import ALIGNMENT, python
-from test_faults import ends_in_one_line
+from commands import ALIGNMENT, ends_in_one_line, python
+from driver_runs import journal_rows, wait_until
 from test_generation import greedy
-from test_kill import journal_rows, wait_until
 from tiny import save_tiny_policy, save_tiny_reward_model, tiny_tokenizer
 from toy_engine import Devices, Squares
 
 from common import scale_out
 from common.cli import UserError
 from common.records import read_records
-from generation.interface import Request, Sampling
+from generation.sampling import Request, Sampling
 
 pytestmark = pytest.mark.slow
 HEAD, SECOND = {"num_cpus": 4, "num_gpus": 3}, {"num_cpus": 4, "num_gpus": 1}

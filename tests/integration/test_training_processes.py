@@ -11,15 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from test_training import flags, losses, make_instances, models, train, weights, write_data
 from tiny import save_tiny_policy
+from training_runs import flags, losses, make_instances, train, weights, write_data
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from generation.interface import Request, Sampling
+from generation.sampling import Request, Sampling
 
 ALIGNMENT = Path(__file__).resolve().parents[2] / "alignment"
 SCRIPT = ALIGNMENT / "dpo_iteration" / "run_dpo.py"
-assert models  # a fixture, used below by its name
 
 # Runs the script's main with a training step that does something else too.
 WRAPPER = """
@@ -233,7 +232,7 @@ def test_zero3_checkpoint_loads_in_vllm(zero_data, zero3):
     prompts = [tokenizer(text)["input_ids"] for text in ("a bad cab.", "feed", "he had a bag")]
     engine = VLLMGenerator(trained, None, dtype="float32", max_length=64, max_num_seqs=4)
     asked = [Request(str(i), ids, (1.0, 0.0), 0) for i, ids in enumerate(prompts)]
-    got = {r.key: r.token_ids for r in engine.generate(asked, Sampling(0.0, 16, [2]))}
+    got = {r.key: [i for i in r.token_ids if i != 2] for r in engine.generate(asked, Sampling(0.0, 16, [2]))}
     expected = {r.key: greedy(trained, r.prompt_ids, 16) for r in asked}
     assert got == expected
     assert any(greedy(models[0], r.prompt_ids, 16) != expected[r.key] for r in asked)  # it was trained

@@ -6,7 +6,7 @@ which the scripts are run.
 
 GENERATE = {
     "prompts missing": ("--dataset_name_or_path none.json", ["none.json: no such file"]),
-    "prompts missing, jsonl": ("--dataset_name_or_path none.jsonl", ["none.jsonl: No such file"]),
+    "prompts missing, jsonl": ("--dataset_name_or_path none.jsonl", ["none.jsonl: no such file"]),
     "prompts empty": ("--dataset_name_or_path empty.json", ["empty.json: line 1: not JSON"]),
     "no prompts": ("--dataset_name_or_path no_rows.json", ["no_rows.json: no prompts"]),
     "prompts not JSON": ("--dataset_name_or_path torn.jsonl", ["torn.jsonl: line 2: not JSON"]),
@@ -37,7 +37,7 @@ GENERATE = {
         "--dataset_name_or_path chat.jsonl --template chat --model_name_or_path strict --sampler online",
         ["chat.jsonl: line 1: the chat template refuses it", "user turns only"],
     ),
-    "not a saved data set": ("--dataset_name_or_path policy", ["policy: not a folder saved by datasets"]),
+    "not a saved data set": ("--dataset_name_or_path bare", ["bare:"]),
     "split that is not there": (
         "--dataset_name_or_path saved --dataset_split test",
         ["saved: no split 'test'; it has train"],
@@ -82,7 +82,22 @@ GENERATE = {
         "--model_name_or_path ./with_code",
         ["./with_code: brings Python code, which runs only with --trust_remote_code"],
     ),
-    "too long for the model": ("--max_input_length 250", ["250", "the 256 tokens that the policy"]),
+    "too long for the model": ("--max_new_tokens 256", ["--max_new_tokens 256", "256 tokens of policy policy"]),
+    "no room in the second model": (
+        "--sampler mixp --ref_model_name_or_path short --max_new_tokens 32",
+        ["--max_new_tokens 32", "32 tokens of reference short"],
+    ),
+    "chat ends with the assistant": (
+        "--dataset_name_or_path answered.jsonl --template chat",
+        ["answered.jsonl: line 2", "--continue_final_message"],
+    ),
+    "chat of a system turn": ("--dataset_name_or_path system.jsonl --template chat", ["system.jsonl: line 1"]),
+    "template variable that is taken": ("""--chat_template_kwargs '{"tokenize":1}'""", ["--chat_template_kwargs"]),
+    "template variables not JSON": ("--chat_template_kwargs {x", ["--chat_template_kwargs '{x'"]),
+    "too cold for vLLM": ("--temperature 0.001 --backend vllm", ["--temperature 0.001", "--backend hf"]),
+    "too warm for vLLM": ("--temperature 3 --backend vllm", ["--temperature 3", "--backend hf"]),
+    "torn Parquet": ("--dataset_name_or_path torn.parquet", ["torn.parquet"]),
+    "torn gzip": ("--dataset_name_or_path torn.jsonl.gz", ["torn.jsonl.gz"]),
     "odd K": ("--sampler mixp --K 3", ["--K 3: must be even"]),
     "K is text": ("--K two", ["--K", "'two' is not a whole number above 0"]),
     "K is 0": ("--K 0", ["--K", "'0' is not a whole number above 0"]),
@@ -95,7 +110,7 @@ GENERATE = {
     "pairs not JSON": ("--pairs [[", ["--pairs '[[': not of the form"]),
     "pairs sum to 2": ("--pairs [[2,[1,0],[1,0]]]", ["must be above 0 and sum to 1"]),
     "pairs hold NaN": ("--pairs [[1,[NaN,0],[1,0]]]", ["of finite numbers"]),
-    "family out of range": ("--family 1 1 2", ["--family 1.0 1.0 2.0"]),
+    "family out of range": ("--sampler mix_1_1_2", ["mix_1_1_2"]),
     "unknown template": ("--template mine", ["--template", "'mine'"]),
     "unknown flag": ("--what 1", ["unrecognized arguments: --what 1"]),
     "unknown back end": ("--backend tgi", ["--backend", "'tgi'"]),
@@ -118,8 +133,8 @@ GENERATE = {
         "--output_file begun.json",
         ["begun.json.journal: exists, made with K=5, now K="],
     ),
-    "damaged journal": ("--output_file broken.json", ["broken.json.journal: damaged; remove it"]),
-    "journal of no rows": ("--output_file odd_row.json", ["odd_row.json.journal: damaged; remove it"]),
+    "damaged journal": ("--output_file broken.json", ["broken.json.journal: ", "remove it"]),
+    "journal of no rows": ("--output_file odd_row.json", ["odd_row.json.journal: ", "remove it"]),
 }
 
 ANNOTATE = {
@@ -160,6 +175,7 @@ ANNOTATE = {
         "--output_file made.json",
         ["made.json: exists, made with a=1, now a=None"],
     ),
+    "model and function": ("--reward_function rules.py:good", ["--reward_name_or_path", "--reward_function"]),
     "reward model missing": ("--reward_name_or_path ./absent", ["reward model ./absent: no such folder"]),
     "pickled weights": ("--reward_name_or_path ./pickled", ["reward model ./pickled: no *.safetensors"]),
     "no head": ("--reward_name_or_path ./policy", ["reward model ./policy: has no weights for score.weight"]),
@@ -178,6 +194,21 @@ ANNOTATE = {
     ),
 }
 
+FUNCTION = {
+    "not FILE.py:NAME": ("--reward_function rules.py", ["--reward_function 'rules.py'"]),
+    "no such file": ("--reward_function none.py:good", ["none.py: No such file"]),
+    "file does not run": ("--reward_function torn.py:good", ["torn.py: cannot be loaded", "SyntaxError"]),
+    "no such function": ("--reward_function rules.py:best", ["rules.py", "'best'"]),
+    "function fails": (
+        "--reward_function rules.py:fails",
+        ["data.json: row 0", "rules.py:fails", "KeyError", "line 5"],
+    ),
+    "too few numbers": ("--reward_function rules.py:one", ["data.json: row 0", "rules.py:one", "(2)"]),
+    "not finite": ("--reward_function rules.py:infinite", ["data.json: row 0: response 1", "inf"]),
+    "flag of a model": ("--max_length 5", ["--max_length"]),
+    "output is a folder": ("--output_file saved", ["saved: is a folder, not a file"]),
+}
+
 TRAIN = {
     "data missing": ("--train_dir none.json", ["none.json: no such file"]),
     "data is a folder": ("--train_dir saved", ["saved: is a folder, not a file"]),
@@ -192,7 +223,7 @@ TRAIN = {
     ),
     "too few rewards": (
         "--train_dir few.json",
-        ["few.json: row 1: 'rewards' is not a list with one entry a response"],
+        ["few.json: row 1: 'rewards' is not a list with one entry per response"],
     ),
     "one response": ("--train_dir single.json", ["single.json: row 0: one response only"]),
     "equal rewards": (
@@ -233,8 +264,11 @@ TRAIN = {
 }
 
 REWARD = {
-    "pairs missing": ("--train_file none.jsonl", ["none.jsonl: No such file"]),
-    "pairs empty": ("--train_file empty.json", ["empty.json: holds no pairs"]),
+    "pairs missing": ("--train_file none.jsonl", ["none.jsonl: no such file"]),
+    "pairs empty": ("--train_file empty.json", ["empty.json: line 1: not JSON"]),
+    "no pairs": ("--train_file no_rows.json", ["no_rows.json: holds no pairs"]),
+    "torn table": ("--train_file torn.parquet", ["torn.parquet"]),
+    "texts alike": ("--train_file alike.jsonl", ["alike.jsonl: 2 of 2 pairs"]),
     "pairs not JSON": ("--train_file torn.jsonl", ["torn.jsonl: line 1: no text 'chosen'"]),
     "pairs not UTF-8": ("--train_file latin.jsonl", ["latin.jsonl: not UTF-8 text"]),
     "field of the wrong type": (
@@ -256,6 +290,8 @@ REWARD = {
 
 KL = {
     "temperature 0": ("--temperature 0", ["--temperature", "the KL of greedy decoding is not finite"]),
+    "too cold for vLLM": ("--temperature 0.001 --backend vllm", ["--temperature 0.001", "--backend hf"]),
+    "no room in the reference": ("--ref_model_name_or_path short --max_new_tokens 32", ["reference short"]),
     "two sources": ("--responses data.json", ["not allowed with argument"]),
     "different vocabularies": ("--ref_model_name_or_path other", ["different vocabularies"]),
     "reference missing": ("--ref_model_name_or_path ./absent", ["reference ./absent: no such folder"]),
@@ -278,6 +314,9 @@ KL_OF_RESPONSES = {
     "of another policy": ("--responses made.json", ["made.json: sampled from x, not from the policy policy"]),
     "at another temperature": ("--responses warm.json", ["warm.json: sampled at temperature 9, not 0.7"]),
     "of a mixture": ("--responses mixture.json", ["mixture.json: its sampler is not the policy alone"]),
+    "ids of no token": ("--responses beyond.json", ["beyond.json: row 1: 'response_ids'"]),
+    "ids that are text": ("--responses text_ids.json", ["text_ids.json: row 1: 'response_ids'"]),
+    "ids of one response only": ("--responses few_ids.json", ["few_ids.json: row 1: 'response_ids'"]),
     "of a damaged sampler": ("--responses bad_sampler.json", ["not of the form"]),
 }
 
@@ -292,7 +331,7 @@ SUMMARIZE = {
     "results is a file": ("--run_dir run_file", ["run_file/results"]),
     "broken KL": (
         "--run_dir run_kl",
-        ["run_kl/results/kl_iter1_1.json: 'kl', 'stderr' or 'kl_of_prompts' holds"],
+        ["run_kl/results/kl_shared_iter1.json: a KL, 'stderr' or 'kl_of_prompts' holds"],
     ),
     "other settings": ("--run_dir run_mixed", ["made with K=2, but", "they cannot be compared"]),
     "other prompts": ("--run_dir run_prompts", ["its prompts are not those of"]),
@@ -321,6 +360,11 @@ SCRIPTS = [
         "annotate_data/get_rewards.py",
         "--dataset_name_or_path data.json --reward_name_or_path ./reward --output_file out.json",
         ANNOTATE,
+    ),
+    (
+        "annotate_data/get_rewards.py",
+        "--dataset_name_or_path data.json --reward_function rules.py:good --output_file out.json",
+        FUNCTION,
     ),
     (
         "dpo_iteration/run_dpo.py",

@@ -2,64 +2,26 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
+from bandit_cases import exact_step, run_script
 from scipy import stats
 
-from bandit import ablation, exact, sampled, tuned
+from bandit import ablation, sampled, tuned
 from bandit.problem import draw_rewards, gaps, make_bandit
 from bandit.samplers import SAMPLERS, get_sampler
 from bandit.simulate import simulate
 from bandit.steps import largest_stable_lr
 
-ROOT = Path(__file__).parents[2]
 BETA = 1.3
-
-
-def run_script(name, *arguments):
-    """Runs bandit/examples/<name>.py; returns the finished process."""
-    command = [sys.executable, str(ROOT / "bandit" / "examples" / f"{name}.py"), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-
-
-@pytest.mark.parametrize("name", ["DPO-Unif", "DPO-Mix-P", "DPO-Mix-P*", "online", "best-worst"])
-def test_flipped_labels_enter_the_gradient_as_written(name):
-    rng = np.random.default_rng(0)
-    rewards, u = rng.normal(size=(2, 1, 5))
-    bandit, noise = make_bandit(rewards, BETA, label_noise=0.15), 0.15
-    weights = torch.tensor(get_sampler(name).weights(u, bandit)[0][0])
-    theta = torch.tensor(u[0] / BETA, requires_grad=True)
-    d = BETA * (theta[:, None] - theta[None, :])
-    wins = torch.sigmoid(torch.tensor(gaps(rewards)[0]))
-    wins = wins * (1 - noise) + (1 - wins) * noise
-    (-(weights / weights.sum() * (wins * F.logsigmoid(d) + (1 - wins) * F.logsigmoid(-d))).sum()).backward()
-    out = np.empty_like(u)
-    exact.make_increment(bandit, get_sampler(name), 0.4)(u, out)
-    np.testing.assert_allclose(out[0], -BETA * 0.4 * theta.grad.numpy(), rtol=1e-10, atol=1e-14)
-
-
-def test_flipped_labels_of_many_arms_equal_the_direct_sums():
-    rng = np.random.default_rng(1)
-    bandit = make_bandit(rng.normal(size=(2, 400)), BETA, label_noise=0.2)
-    u, out = rng.normal(size=(2, 400)), np.empty((2, 400))
-    exact.fixed_interpolated(bandit, SAMPLERS["DPO-Mix-R"], 1.0)(u, out)
-    direct = exact.dense(u, bandit, SAMPLERS["DPO-Mix-R"], 1.0)
-    np.testing.assert_allclose(out, direct, atol=1e-12 * np.abs(direct).max())
 
 
 def test_flipped_labels_are_drawn():
     bandit = make_bandit(np.random.default_rng(2).normal(size=4), BETA, label_noise=0.3)
     weights, _ = SAMPLERS["DPO-Mix-R"].weights(bandit.rewards, bandit)
     cells, rng, rewards = (
-        sampled.cell_probabilities(weights, bandit)[0],
+        sampled.cell_probabilities(weights, bandit)[0].ravel(),
         np.random.default_rng(3),
         bandit.rewards[0],
     )
@@ -77,10 +39,10 @@ def test_joint_draws_follow_each_rows_cells(num_samples):
     cells = np.random.default_rng(4).dirichlet(np.ones(9), size=3)
     cells[1] = [0, 0.5, 0, 0, 0.25, 0.25, 0, 0, 0]
     stream, total = np.random.default_rng(5), np.zeros((3, 9), int)
-    for _ in range(60_000 // num_samples // 3):
-        counts = sampled.draw_rows(stream, cells, num_samples)
-        assert (counts.sum(axis=1) == num_samples).all()
-        total += counts
+    for _ in range(60_000 // num_samples // 6):
+        counts = sampled.draw_rows(stream, cells, num_samples, 2)
+        assert (counts.sum(axis=2) == num_samples).all()
+        total += counts.sum(axis=0)
     for row, expected in zip(total, cells, strict=True):
         possible = expected > 0
         assert row[~possible].sum() == 0
@@ -92,25 +54,23 @@ def test_the_joint_increment_is_the_exact_one_on_average(name):
     rng = np.random.default_rng(6)
     bandit, u = make_bandit(rng.normal(size=(2, 4)), BETA), rng.normal(size=(2, 4))
     lr = np.array([[0.3], [1.1]])
-    expected, out = np.empty_like(u), np.empty_like(u)
-    exact.make_increment(bandit, SAMPLERS[name], lr)(u, expected)
-    draw = sampled.make_joint_increment(bandit, SAMPLERS[name], lr, 3, np.random.default_rng(7))
-    drawn = []
+    draw = sampled.one_stream(np.random.default_rng(7), 3)
+    updates, drawn = sampled.Updates(bandit, SAMPLERS[name], lr, 3, draw), []
     for _ in range(2000):
-        draw(u, out)
-        drawn.append(out.copy())
-    assert (np.abs(np.mean(drawn, 0) - expected) < 5 * np.std(drawn, 0) / np.sqrt(2000)).all()
+        after = u.copy()
+        updates.update(after)
+        drawn.append(after - u)
+    error = np.abs(np.mean(drawn, 0) - exact_step(bandit, SAMPLERS[name], lr, u))
+    assert (error < 5 * np.std(drawn, 0) / np.sqrt(2000)).all()
 
 
 @pytest.mark.parametrize("name", ["DPO-Unif", "DPO-Mix-R", "DPO-Opt-Unif"])
 def test_the_stability_limit_at_a_state_is_two_over_the_measured_curvature(name):
     rng = np.random.default_rng(8)
     bandit, u, h = make_bandit(rng.normal(size=(1, 5)), BETA), rng.normal(size=(1, 5)), 1e-6
-    increment, columns = exact.make_increment(bandit, SAMPLERS[name], 1.0), []
+    columns = []
     for direction in np.eye(5):
-        ahead, behind = np.empty_like(u), np.empty_like(u)
-        increment(u + h * direction, ahead)
-        increment(u - h * direction, behind)
+        ahead, behind = (exact_step(bandit, SAMPLERS[name], 1.0, u + s * direction) for s in (h, -h))
         columns.append((behind - ahead)[0] / (2 * h))
     curvature = np.linalg.eigvals(np.array(columns)).real.max()
     assert largest_stable_lr(SAMPLERS[name], bandit, u)[0] == pytest.approx(2 / curvature, rel=1e-6)
@@ -130,11 +90,10 @@ def test_updates_needed_are_those_of_the_recorded_series():
 def test_a_budget_is_spent_in_updates_of_so_many_pairs():
     bandit, lr = make_bandit(draw_rewards("normal", 2, 4, 10), BETA), np.full((2, 1), 0.05)
     spent = tuned.spend_budget(bandit, SAMPLERS["online"], lr, 90, 30, np.random.default_rng(11))
-    increment = sampled.make_joint_increment(bandit, SAMPLERS["online"], lr, 30, np.random.default_rng(11))
-    u, out = np.zeros((2, 4)), np.empty((2, 4))
+    draw = sampled.one_stream(np.random.default_rng(11), 30)
+    updates, u = sampled.Updates(bandit, SAMPLERS["online"], lr, 30, draw), np.zeros((2, 4))
     for _ in range(3):
-        increment(u, out)
-        u = u + out
+        updates.update(u)
     np.testing.assert_allclose(spent["param_diff"], np.abs(gaps(bandit.rewards - u)).mean((1, 2)), rtol=1e-12)
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -178,6 +179,60 @@ def test_runs_from_the_bandit_folder_too(tmp_path):
 def test_help_names_every_sampler_and_the_convention():
     text = tabular("--help").stdout
     assert all(name in text for name in SAMPLERS) and "2|Y|^2" in text and "--device" in text
+
+
+PINS = {line for line in (ROOT / "requirements_cpu.txt").read_text().splitlines() if "==" in line}
+
+
+def test_the_bandits_packages_have_the_pins_of_the_whole_environment():
+    pins = [line for line in (ROOT / "requirements_bandit.txt").read_text().splitlines() if "==" in line]
+    assert {"numpy", "numba", "matplotlib"} <= {pin.split("==")[0] for pin in pins}
+    assert set(pins) <= PINS
+
+
+@pytest.mark.parametrize("script", ["tabular", "ablation", "linear"])
+def test_a_missing_package_is_named_with_its_remedy(script, tmp_path):
+    """Python without site packages: none of the three is there."""
+    command = [sys.executable, "-S", str(ROOT / f"bandit/examples/{script}.py"), "--output_dir", tmp_path / "out"]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert process.returncode == 2 and len(process.stderr.splitlines()) == 1
+    assert all(word in process.stderr for word in ("numpy", "numba", "matplotlib", "setup.sh bandit"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_runs_with_its_own_packages_alone(tmp_path):
+    """Every package that is neither Python's nor listed in requirements_bandit.txt cannot be imported."""
+    code = f"""
+import runpy, sys
+known = sys.stdlib_module_names | {{"bandit", "numpy", "numba", "llvmlite", "matplotlib", "mpl_toolkits"}}
+known |= {{"contourpy", "cycler", "fontTools", "kiwisolver", "packaging", "PIL", "pyparsing", "dateutil", "tzdata"}}
+class Refuse:
+    def find_spec(name, path=None, target=None):
+        if name[0] != "_" and name.split(".")[0] not in known:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Refuse)
+sys.argv = ["tabular.py", *"--mode both --num_iter 3 --num_samples 9 --output_dir".split(), {str(tmp_path)!r}]
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+"""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=170)
+    assert process.returncode == 0, process.stderr
+    assert names_in(tmp_path) == FILES
+
+
+def test_runs_where_neither_checkout_nor_home_can_be_written(tmp_path):
+    """Compiled code is then kept nowhere; the results are the same."""
+    checkout = tmp_path / "checkout"
+    shutil.copytree(ROOT / "bandit", checkout / "bandit", ignore=shutil.ignore_patterns("__pycache__", "results"))
+    for folder in (checkout / "bandit", checkout / "bandit/examples"):
+        (folder / "__pycache__").write_text("a file, so that no folder can be made")
+    nowhere = {"HOME": "/dev/null/none", "XDG_CACHE_HOME": "/dev/null/none"}
+    flags = ["--num_iter", "5", "--output_dir"]
+    command = [sys.executable, "-B", str(checkout / "bandit/examples/tabular.py"), *flags, str(tmp_path / "a")]
+    environment = {**os.environ, **nowhere, "MPLCONFIGDIR": str(tmp_path)}
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=170)
+    assert process.returncode == 0, process.stderr
+    assert tabular(*flags, tmp_path / "b").returncode == 0
+    assert (tmp_path / "a/trajectories.npz").read_bytes() == (tmp_path / "b/trajectories.npz").read_bytes()
 
 
 BAD = {

@@ -5,11 +5,9 @@ import csv
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from test_bandit_ablation import run_script
-from test_bandit_maths import BETA, NAMES, pair_distribution
+from bandit_cases import BETA, NAMES, exact_step, loss_as_written, run_script
 
-from bandit import exact, linear
+from bandit import linear
 from bandit.problem import Bandit
 from bandit.samplers import SAMPLERS, get_sampler
 from bandit.simulate import simulate
@@ -21,12 +19,9 @@ def problem_of(variant="realizable", prompts=4, actions=3, d=5, envs=2, seed=0):
 
 def one_update(problem, name, v, lr):
     """v after one update at lr [instances]."""
-    increment = exact.make_increment(
-        problem.bandit, get_sampler(name), np.repeat(lr, problem.features.shape[1])[:, None]
-    )
-    out = np.empty_like(problem.bandit.rewards)
-    increment(problem.implicit_rewards(v), out)
-    return v + problem.pull_back(out)
+    rates = np.repeat(lr, problem.features.shape[1])[:, None]
+    step = exact_step(problem.bandit, get_sampler(name), rates, problem.implicit_rewards(v))
+    return v + problem.pull_back(step)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -37,17 +32,15 @@ def test_an_update_is_a_gradient_step_on_the_mean_loss_of_the_prompts(name):
     problem = linear.Problem(Bandit(problem.bandit.rewards, log_ref, BETA), problem.features)
     thetas, lr = rng.normal(size=(2, 5)), np.array([0.7, 0.2])
     after = one_update(problem, name, BETA * thetas, lr)
+    states = problem.implicit_rewards(BETA * thetas)
+    weights, _ = get_sampler(name).weights(states, problem.bandit, np.zeros_like(states))
     for instance in range(2):
         theta, loss = torch.tensor(thetas[instance], requires_grad=True), 0.0
         for prompt in range(4):
             row = 4 * instance + prompt
             logits = torch.tensor(problem.features[instance, prompt]) @ theta + torch.tensor(log_ref[row])
-            h = torch.log_softmax(logits, -1) - torch.tensor(log_ref[row])
-            d = BETA * (h[:, None] - h[None, :])
-            r = torch.tensor(problem.bandit.rewards[row])
-            wins = torch.sigmoid(r[:, None] - r[None, :])
-            w = pair_distribution(name, problem.bandit.rewards[row], log_ref[row], logits.detach().numpy())
-            loss = loss - (w * (wins * F.logsigmoid(d) + (1 - wins) * F.logsigmoid(-d))).sum() / 4
+            w = weights[row] / weights[row].sum()
+            loss = loss + loss_as_written(w, problem.bandit.rewards[row], log_ref[row], logits) / 4
         loss.backward()
         expected = BETA * (thetas[instance] - lr[instance] * theta.grad.numpy())
         np.testing.assert_allclose(after[instance], expected, rtol=1e-10, atol=1e-13)

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from scipy import stats
+from bandit_cases import exact_step
+from scipy import special, stats
 
-from bandit import exact, sampled, theory
+from bandit import kernel, sampled, theory
 from bandit.problem import draw_rewards, make_bandit, sampling_stream
 from bandit.samplers import SAMPLERS, get_sampler
 from bandit.simulate import simulate
@@ -19,7 +20,7 @@ def cells_of(name, num_actions=4, seed=0):
     bandit = make_bandit(rng.normal(size=num_actions), BETA)
     u = rng.normal(size=(1, num_actions))
     weights, _ = get_sampler(name).weights(u, bandit)
-    return sampled.cell_probabilities(weights, bandit)[0], bandit, weights[0], u
+    return sampled.cell_probabilities(weights, bandit)[0].ravel(), bandit, weights[0], u
 
 
 def labelled_pairs(rng, weights, rewards, num_samples):
@@ -87,38 +88,66 @@ def test_the_cheaper_draw_is_chosen_by_cells_against_samples(cells, num_samples,
     np.testing.assert_array_equal(chosen, expected(np.random.default_rng(5), probabilities, num_samples, 3))
 
 
-@pytest.mark.parametrize("name", ["DPO-Unif", "DPO-Mix-R", "DPO-Mix-P", "DPO-Mix-P*", "pilaf", "best-worst"])
+def updates_of(bandit, name, lr, num_samples, seed):
+    draw = sampled.own_streams(name, len(bandit.rewards), num_samples, seed)
+    return sampled.Updates(bandit, get_sampler(name), lr, num_samples, draw)
+
+
+def moves(updates, u, times):
+    """What each of so many updates from the same state adds, [times, envs, |Y|]."""
+    after = np.repeat(u[None], times, axis=0)
+    for state in after:
+        updates.before[...] = 0
+        updates.update(state)
+    return after - u
+
+
+@pytest.mark.parametrize("num_actions", [5, 20])
+@pytest.mark.parametrize("name", list(SAMPLERS))
+def test_compiled_cells_are_those_of_the_weights(name, num_actions):
+    cells, bandit, _, u = cells_of(name, num_actions)
+    updates = updates_of(bandit, name, 0.3, 10, 0)
+    updates.before[...] = u
+    updates.find_law(u)
+    np.testing.assert_allclose(updates.cells[0].ravel(), cells, rtol=1e-11, atol=1e-16)
+
+
+@pytest.mark.parametrize("name", list(SAMPLERS))
 @pytest.mark.parametrize("num_samples", [40, 2])
 def test_the_sampled_increment_is_the_exact_one_on_average(name, num_samples):
     _, bandit, _, u = cells_of(name, num_actions=5, seed=6)
-    exact_out, out = np.empty_like(u), np.empty_like(u)
-    exact.make_increment(bandit, SAMPLERS[name], 1.0)(u, exact_out)
-    draw = sampled.make_increment(bandit, SAMPLERS[name], name, 1.0, num_samples, 7)
-    increments = []
-    for _ in range(4000):
-        draw(u, out)
-        increments.append(out[0].copy())
-    error = np.mean(increments, axis=0) - exact_out[0]
+    increments = moves(updates_of(bandit, name, 1.0, num_samples, 7), u, 4000)
+    error = np.mean(increments, axis=0) - exact_step(bandit, SAMPLERS[name], 1.0, u)
     assert (np.abs(error) < 5 * np.std(increments, axis=0) / np.sqrt(4000)).all()
 
 
 def test_the_increment_is_the_gradient_of_the_drawn_pairs():
     """One pair: u moves by beta^2 lr sigma(-d) towards the winner, whichever it is."""
-    bandit = make_bandit([0.0, 1.0], BETA)
-    u, out = np.array([[0.2, -0.3]]), np.empty((1, 2))
-    draw = sampled.make_increment(bandit, SAMPLERS["DPO-Unif"], "DPO-Unif", 0.1, 1, 0)
-    moves = set()
-    for _ in range(200):
-        draw(u, out)
-        moves.add(tuple(np.round(out[0], 12)))
+    bandit, u = make_bandit([0.0, 1.0], BETA), np.array([[0.2, -0.3]])
+    found = {tuple(np.round(step[0], 12)) for step in moves(updates_of(bandit, "DPO-Unif", 0.1, 1, 0), u, 200)}
     up, down = (BETA**2 * 0.1 / (1 + np.exp(d)) for d in (0.5, -0.5))
-    assert moves == {(0.0, 0.0), *((round(a, 12), round(-a, 12)) for a in (up, -down))}
+    assert found == {(0.0, 0.0), *((round(a, 12), round(-a, 12)) for a in (up, -down))}
+
+
+@pytest.mark.parametrize("spread", [1.0, 600.0, 2000.0])
+def test_a_step_on_given_counts_is_the_sum_over_their_pairs(spread):
+    rng = np.random.default_rng(14)
+    u, counts, steps = spread * rng.random((2, 6)), rng.integers(0, 9, (2, 6, 6)), np.array([0.1, 2.0])
+    expected = u.copy()
+    for env, winner, loser in np.ndindex(2, 6, 6):
+        move = steps[env] * counts[env, winner, loser] * special.expit(u[env, loser] - u[env, winner])
+        expected[env, winner] += move
+        expected[env, loser] -= move
+    after, before = u.copy(), np.empty_like(u)
+    kernel.move(after, before, counts, steps)
+    np.testing.assert_allclose(after, expected, rtol=1e-12)
+    np.testing.assert_array_equal(before, u)
 
 
 @pytest.mark.parametrize("name", ["DPO-Unif", "DPO-Mix-R", "DPO-Mix-P*", "DPO-Mix-P"])
 def test_noise_floor_is_the_predicted_one(name):
     bandit = make_bandit(draw_rewards("normal", 8, 20, 8) / 2, BETA)
-    series = simulate(bandit, name, SAMPLERS[name], "empirical", 0.05, 3000, 8192, 9)
+    series = simulate(bandit, name, SAMPLERS[name], "sampled", 0.05, 3000, 8192, 9)
     floor = series["param_diff"][:, 1500:].mean()
     assert floor == pytest.approx(theory.noise_floor(BETA, 0.05, 8192, 20), rel=0.1)
 
@@ -127,7 +156,7 @@ def test_a_curve_depends_on_its_own_stream_alone():
     bandit = make_bandit(draw_rewards("normal", 2, 5, 10), BETA)
 
     def run(name, seed=11):
-        return simulate(bandit, name, SAMPLERS[name], "empirical", 0.05, 30, 64, seed)["param_diff"]
+        return simulate(bandit, name, SAMPLERS[name], "sampled", 0.05, 30, 64, seed)["param_diff"]
 
     first = run("DPO-Unif")
     run("DPO-Mix-R")
@@ -147,5 +176,5 @@ def test_drawing_ahead_changes_nothing(monkeypatch):
     runs = []
     for ahead in (1, sampled.AHEAD_CELLS):
         monkeypatch.setattr(sampled, "AHEAD_CELLS", ahead)
-        runs.append(simulate(bandit, "DPO-Mix-R", SAMPLERS["DPO-Mix-R"], "empirical", 0.05, 40, 64, 0)["value"])
+        runs.append(simulate(bandit, "DPO-Mix-R", SAMPLERS["DPO-Mix-R"], "sampled", 0.05, 40, 64, 0)["value"])
     np.testing.assert_array_equal(*runs)

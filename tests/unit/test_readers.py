@@ -11,7 +11,7 @@ from tiny import tiny_tokenizer
 from common.cli import UserError
 from common.journal import Journal, is_done
 from common.records import read_records, write_records
-from generation.prompts import load_prompts
+from generation.prompts import Template, load_prompts
 from reward_model.preference_data import read_pairs, write_pairs
 
 TOKENIZER = tiny_tokenizer()
@@ -103,7 +103,7 @@ def test_an_earlier_output(folder, content):
 def test_prompts(folder, rows, form, template):
     path = folder / f"prompts.{form}"
     path.write_text(json.dumps(rows) if form == "json" else "\n".join(map(json.dumps, rows)))
-    found = read(lambda p: load_prompts([str(p)], TOKENIZER, template), path)
+    found = read(lambda p: load_prompts([str(p)], TOKENIZER, Template(template)), path)
     if found is not None:
         assert len(found[0]) == len(rows)
         assert all(isinstance(i, int) for prompt in found[0] for i in prompt.token_ids)
@@ -164,10 +164,10 @@ def test_a_folder_whose_name_is_not_utf_8(tmp_path):
 
 def test_a_prompt_that_stands_twice_is_sampled_twice_each_with_its_own_seeds(tmp_path):
     from bandit.mixtures import family
-    from generation.plan import Plan, requests
+    from generation.sampling import Plan
 
     (tmp_path / "p.json").write_text(json.dumps([{"prompt": "a"}, {"prompt": "b"}, {"prompt": "a"}]))
     prompts, _ = load_prompts([str(tmp_path / "p.json")], TOKENIZER)
-    asked = list(requests(Plan(prompts, 0, family(0, 0), 2, seed=3), {}))
+    asked = list(Plan(prompts, 0, family(0, 0), 2, seed=3).requests({}))
     assert [r.prompt_ids == asked[0].prompt_ids for r in asked] == [True, True, False, False, True, True]
     assert len({r.key for r in asked}) == len({r.seed for r in asked}) == 6

@@ -91,10 +91,12 @@ def test_journal_of_other_settings_is_refused(tmp_path):
 def test_journal_without_rows_takes_other_settings(tmp_path):
     """A stage that was killed before its first row may change its settings; one that failed leaves nothing."""
     path = journal_path(tmp_path / "out.json")
-    path.write_text('{"seed": 1}\n')
-    book = Journal(tmp_path / "out.json", {"seed": 2})
-    assert path.read_text() == '{"seed": 2}\n'
-    book.close(done=False)
+    Journal(tmp_path / "out.json", {"seed": 1})
+    assert json.loads(path.read_text())["settings"] == {"seed": 1}
+    second = Journal(tmp_path / "out.json", {"seed": 2})
+    [line] = path.read_text().splitlines()
+    assert json.loads(line)["settings"] == {"seed": 2}
+    second.close(done=False)
     assert not list(tmp_path.iterdir())
 
 
@@ -108,8 +110,8 @@ def test_second_writer_is_refused(tmp_path):
 
 def test_journal_left_by_a_kill_after_the_rename_is_removed(tmp_path):
     file = tmp_path / "out.json"
-    with contextlib.suppress(InterruptedError), journal(file, {"K": 2}) as book:
-        book.add("0", {})
+    with contextlib.suppress(InterruptedError), journal(file, {"K": 2}) as opened:
+        opened.add("0", {})
         raise InterruptedError
     assert journal_path(file).exists()
     write_records(file, [INSTANCE], {"generate": {"K": 2}})
@@ -118,7 +120,7 @@ def test_journal_left_by_a_kill_after_the_rename_is_removed(tmp_path):
 
 
 def test_failure_keeps_the_journal(tmp_path):
-    with pytest.raises(RuntimeError), journal(tmp_path / "out.json", {}) as book:
-        book.add("a", {})
+    with pytest.raises(RuntimeError), journal(tmp_path / "out.json", {}) as opened:
+        opened.add("a", {})
         raise RuntimeError
     assert journal_path(tmp_path / "out.json").exists()

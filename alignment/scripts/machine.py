@@ -1,0 +1,82 @@
+"""What this machine has: GPUs, the environments that setup.sh makes. Standard library only."""
+
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from common.cli import UserError
+
+PROJECT = Path(__file__).resolve().parents[2]
+ENVIRONMENTS = ("vllm", "rlhflow", "rewardflow")
+SEES_A_GPU = "import sys, torch; sys.exit(not (torch.version.cuda and torch.cuda.is_available()))"
+
+
+def _nvidia_smi(*options: str) -> list[str]:
+    """Return the lines that nvidia-smi prints; none where it is missing or fails."""
+    tool = shutil.which("nvidia-smi")
+    if not tool:
+        return []
+    done = subprocess.run([tool, *options], capture_output=True, text=True)
+    return done.stdout.splitlines() if done.returncode == 0 else []
+
+
+def listed_gpus() -> int:
+    """Return how many GPUs a process may use here; parts of one (MIG) are not counted."""
+    count = sum(line.startswith("GPU ") for line in _nvidia_smi("--list-gpus"))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (
+        count if visible is None or not count else len([v for v in visible.split(",") if v.strip() not in ("", "-1")])
+    )
+
+
+def gpus(needed: bool, dry_run: bool) -> int:
+    """Return the GPUs that a run uses. A dry run without any plans for eight where the recipe needs them."""
+    return listed_gpus() or (8 if needed and dry_run else 0)
+
+
+def gpu_names(count: int) -> list[str]:
+    """Return what CUDA_VISIBLE_DEVICES calls the GPUs that a run uses."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[:count] if visible else [str(i) for i in range(count)]
+
+
+def gpu_memory() -> int | None:
+    """Return the bytes of the smallest GPU's memory; None where nvidia-smi lists none."""
+    sizes = _nvidia_smi("--query-gpu=memory.total", "--format=csv,noheader,nounits")
+    return min((int(size) * 2**20 for size in sizes if size.strip().isdigit()), default=None)
+
+
+def multiplies_bfloat16() -> bool:
+    """Return whether this processor multiplies bfloat16 itself: there training in it is twice as fast."""
+    try:
+        return re.search(r"avx512_bf16|amx_bf16", Path("/proc/cpuinfo").read_text()) is not None
+    except OSError:
+        return False
+
+
+def python_of(environment: str) -> Path | None:
+    """Return an environment's interpreter: that of `setup.sh gpu`, else that of `setup.sh cpu`, else None."""
+    folders = [PROJECT / f".venv-{environment}", PROJECT / ".venv"]
+    return next((folder / "bin/python" for folder in folders if os.access(folder / "bin/python", os.X_OK)), None)
+
+
+def check_environments(used_gpus: int) -> None:
+    """Raise `UserError` for an environment that is missing, or whose torch sees no GPU where some are to be used."""
+    found = {name: python_of(name) for name in ENVIRONMENTS}
+    for name, python in found.items():
+        if python is None:
+            raise UserError(f"no environment for {name}: run 'bash setup.sh gpu' (or cpu) in {PROJECT} first")
+    if used_gpus == 0 or listed_gpus() == 0:
+        return
+    pythons = list(dict.fromkeys(found.values()))
+    with ThreadPoolExecutor() as pool:
+        codes = list(pool.map(lambda python: subprocess.run([python, "-c", SEES_A_GPU]).returncode, pythons))
+    for python, code in zip(pythons, codes, strict=True):
+        if code:
+            raise UserError(
+                f"nvidia-smi lists a GPU that the torch of {python} cannot use: a CPU build, or an old driver; "
+                "'bash setup.sh gpu' makes environments that can. GPUS=0 uses the CPU."
+            )

@@ -1,0 +1,189 @@
+"""Reads and checks the settings of a run, before anything is started; called by common.sh.
+
+Reads   arguments NAME=value, the recipe that they name, and what the machine has.
+Writes  to standard output, one per line, what a driver needs: all settings as JSON, then RUN_DIR, the lock's file,
+        ITERS, SEEDS and SAMPLERS. A wrong setting is one line on standard error and exit code 2.
+
+    python alignment/scripts/resolve.py DRIVER SAMPLERS="online mixp" ITERS=2
+    python alignment/scripts/resolve.py DRIVER --help
+"""
+
+import difflib
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+ALIGNMENT = Path(__file__).resolve().parents[1]
+PROJECT = ALIGNMENT.parent
+sys.path[:0] = [str(PROJECT), str(ALIGNMENT)]
+
+from bandit.mixtures import get_mixture
+from common.cli import UserError, fail
+from scripts import machine, memory
+from scripts.settings import GROUPS, KNOWN, Settings, is_name, show
+
+# What a recipe may hold besides settings: the name of a recipe that it starts from.
+EXTENDS = "EXTENDS"
+# Settings that other programs have as environment variables too; nothing is said about those.
+COMMON_NAMES = {"K", "SEED", "SEEDS", "GPUS", "BETA", "LABELS", "BACKEND", "TEMPLATE", "TEMPERATURE", "ATTENTION"} | {
+    *("OPTIMIZER", "TRAINER", "EPOCHS", "BF16", "MASTER_ADDR", "MASTER_PORT", "ASSETS", "MAX_STEPS", "MAX_LENGTH")
+}
+
+
+def read(name: str, value, where: str = ""):
+    """Return the value of a setting, given as text or by a recipe. Raises `UserError`."""
+    if name not in KNOWN:
+        close = difflib.get_close_matches(name.upper(), KNOWN, 1)
+        hint = f"did you mean {close[0]}?" if close else "--help lists all"
+        raise UserError(f"{where}{name}: no such setting; {hint}")
+    kind, default = KNOWN[name]["kind"], KNOWN[name]["default"]
+    if value is None or (value == "" and default in (None, {})):
+        return default
+    try:
+        return kind.read(value)
+    except ValueError:
+        raise UserError(f"{where}{name} {str(value)!r}: not {kind.wanted}") from None
+
+
+def parse(words: list[str]) -> dict:
+    """Return {name: value} of arguments NAME=value; the last one of a name counts."""
+    found = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise UserError(f"{word!r}: settings are given as NAME=value; --help lists all")
+        found[name] = read(name, value)
+    return found
+
+
+def read_recipe(recipe: str) -> dict:
+    """Return {name: value} of a recipe and of the one that it extends."""
+    path = Path(recipe)
+    if not recipe.endswith(".yaml"):
+        if not is_name(recipe):
+            raise UserError(f"RECIPE {recipe!r}: not a name in alignment/recipes, nor a .yaml file")
+        path = ALIGNMENT / "recipes" / f"{recipe}.yaml"
+    try:
+        import yaml
+    except ImportError:
+        raise UserError(f"{sys.executable} has no PyYAML: run 'bash setup.sh cpu' (or gpu) in {PROJECT}") from None
+    try:
+        rows = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        known = sorted(file.stem for file in (ALIGNMENT / "recipes").glob("*.yaml"))
+        raise UserError(f"RECIPE {recipe!r}: no file {path}; there are {', '.join(known)}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+    if not isinstance(rows, dict):
+        raise UserError(f"{path}: not a list of NAME: value")
+    base = read_recipe(rows.pop(EXTENDS)) if EXTENDS in rows else {}
+    return base | {name: read(str(name), value, f"{path.name}: ") for name, value in rows.items()}
+
+
+def resolve(words: list[str]) -> Settings:
+    """Return all settings: the arguments', else the recipe's, else the defaults."""
+    given = parse(words)
+    recipe = given.get("RECIPE", "safe_rlhf")
+    s = Settings(**read_recipe(recipe) | given)
+    s.RUN_DIR = s.RUN_DIR or str(ALIGNMENT / "runs" / Path(recipe).name.removesuffix(".yaml"))
+    s.ASSETS = s.ASSETS or str(ALIGNMENT / "assets")
+    for name in ("BASE_MODEL", "REWARD_MODEL", "JUDGE_MODEL"):  # a recipe's names in the folder of assets
+        setattr(s, name, getattr(s, name) and getattr(s, name).replace("${ASSETS}", s.ASSETS))
+    s.PROMPTS = s.PROMPTS and [source.replace("${ASSETS}", s.ASSETS) for source in s.PROMPTS]
+    s.JUDGE_TEMPLATE = s.JUDGE_TEMPLATE or s.REWARD_TEMPLATE
+    s.EVAL_TRAIN_END = s.EVAL_TRAIN_END or s.TRAIN_END
+    s.KL_TEMPERATURE = s.TEMPERATURE if s.KL_TEMPERATURE is None else s.KL_TEMPERATURE
+    s.GPUS = machine.gpus(s.NEEDS_GPU, s.DRY_RUN) if s.GPUS is None else s.GPUS
+    if s.BF16 == "native":
+        s.BF16 = "True" if machine.multiplies_bfloat16() else None
+    return s
+
+
+def check(s: Settings, driver: str) -> None:
+    """Raise `UserError` for settings that do not go together, or not with this machine; settle the batches."""
+    for name in ("BASE_MODEL", "PROMPTS") if s.REWARD_FUNCTION else ("BASE_MODEL", "PROMPTS", "REWARD_MODEL"):
+        if not getattr(s, name):
+            raise UserError(f"recipe {s.RECIPE} names no {name}; give {name}=...")
+    for sampler in s.SAMPLERS:
+        try:
+            s.PAIRS.get(sampler) or get_mixture(sampler)
+        except ValueError as error:
+            raise UserError(f"SAMPLERS: {error}") from None
+    if not s.MACHINE_RANK < s.NUM_MACHINES:
+        raise UserError(f"MACHINE_RANK {s.MACHINE_RANK}: with NUM_MACHINES {s.NUM_MACHINES} it is below that")
+    if s.NUM_MACHINES > 1 and not driver.startswith("sample_train"):
+        raise UserError(f"{driver} runs on one machine: NUM_MACHINES is {s.NUM_MACHINES}")
+    processes = s.GPUS * s.NUM_MACHINES or 1
+    if s.GLOBAL_BATCH % processes:
+        raise UserError(f"GLOBAL_BATCH {s.GLOBAL_BATCH} is not a multiple of the {processes} processes that train")
+    share = s.GLOBAL_BATCH // processes
+    s.PER_DEVICE_BATCH = max(size for size in range(1, s.PER_DEVICE_BATCH + 1) if share % size == 0)
+    if s.NEEDS_GPU and s.GPUS == 0 and not s.DRY_RUN:
+        raise UserError(
+            f"recipe {s.RECIPE} needs GPUs and none was found. Without one: 'bash quickstart.sh' in the top folder, "
+            "or RECIPE=quickstart here. DRY_RUN=1 prints what would run."
+        )
+    size = machine.gpu_memory() if s.GPUS else None
+    fits = memory.check(s, driver, size) if size else None
+    s.MAX_NUM_SEQS = s.MAX_NUM_SEQS or fits or 64
+    if not s.DRY_RUN:
+        machine.check_environments(s.GPUS)
+
+
+def make_run_folder(s: Settings) -> tuple[str, str]:
+    """Make the run folder; return the files of its lock and of its stages' seconds: nowhere in a dry run."""
+    if s.DRY_RUN:
+        return "/dev/null", "/dev/null"
+    lock = Path(s.RUN_DIR, f".lock.{s.MACHINE_RANK}")
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        lock.open("a").close()
+    except OSError:
+        raise UserError(f"RUN_DIR {s.RUN_DIR}: cannot be written") from None
+    return str(lock), "/dev/null" if s.MACHINE_RANK else f"{s.RUN_DIR}/stage_seconds.tsv"
+
+
+def say_what_is_ignored() -> None:
+    """Tell a user who exports settings, as earlier versions wanted it, that arguments set them now."""
+    found = [name for name in KNOWN if name in os.environ and name not in COMMON_NAMES]
+    if "DRY_RUN" in found and os.environ["DRY_RUN"] not in ("", "0"):
+        raise UserError("DRY_RUN is set in the environment, which sets nothing here: give DRY_RUN=1 as an argument")
+    if found:
+        names = ", ".join(found)
+        print(f"ignored in the environment: {names}; give {found[0]}=... as an argument", file=sys.stderr)
+
+
+def help_text() -> str:
+    """Return every setting with its default, unit and help, group by group."""
+    lines = []
+    for name, option in KNOWN.items():
+        if name in GROUPS:
+            lines.append(f"\n{GROUPS[name]}")
+        unit = f", {option['unit']}" if option["unit"] else ""
+        choices = f" ({option['kind'].wanted})" if option["kind"].wanted.startswith("one of") else ""
+        lines.append(f"  {name}={show(option['default'])}\n      {option['text']}{choices}{unit}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    driver, *words = sys.argv[1:]
+    if {"--help", "-h"} & set(words):
+        print(f"Settings of {driver}, given as NAME=value, and their defaults, which a recipe may change:")
+        print(help_text())
+        return
+    try:
+        settings = resolve(words)
+        say_what_is_ignored()
+        check(settings, driver)
+        lock, seconds = make_run_folder(settings)
+    except UserError as error:
+        fail(str(error), driver)
+    print(json.dumps(asdict(settings)))
+    print(settings.RUN_DIR, lock, seconds, settings.ITERS, sep="\n")
+    print(show(settings.SEEDS), show(settings.SAMPLERS), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

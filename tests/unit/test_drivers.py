@@ -1,0 +1,384 @@
+"""The drivers: what they would run, and how they refuse. Nothing of torch is started."""
+
+import json
+import re
+
+import pytest
+from commands import bash, settings
+from plans import fake_nvidia_smi, flag, in_turn, plan, refused, values
+
+SAMPLERS = ("offline", "online", "gshf", "mixp")
+ALL = " ".join(SAMPLERS)
+RECIPE_OF = {
+    "sample_train_safe_rlhf.sh": "safe_rlhf",
+    "sample_train_iterative_prompt.sh": "iterative_prompt",
+    "sample_eval_safe_rlhf.sh": "safe_rlhf",
+    "sample_eval_iterative_prompt.sh": "iterative_prompt",
+    "sample_kl.sh": "safe_rlhf",
+}
+TRAIN = "sample_train_safe_rlhf.sh"
+
+
+def test_iteration_one_is_trained_once_and_shared():
+    expected = ["generate 1 online", "annotate 1 online", "train 1 online"]
+    for n in (2, 3):
+        expected += [f"generate {n} {ALL}", f"annotate {n} {ALL}", *(f"train {n} {sampler}" for sampler in SAMPLERS)]
+    assert [stage for stage, _ in plan(TRAIN)] == expected
+
+
+def test_each_stage_reads_what_the_one_before_wrote():
+    commands = dict(plan(TRAIN, RUN_DIR="/run"))
+    base = "PKU-Alignment/alpaca-7b-reproduced"
+    for n in (2, 3):
+        generations = in_turn(commands[f"generate {n} {ALL}"])
+        annotate = commands[f"annotate {n} {ALL}"]
+        responses = [flag(words, "--output_file") for words in generations]
+        assert responses == values(annotate, "--dataset_name_or_path")
+        assert responses == [f"/run/data/gen_data_iter{n}_{sampler}.json" for sampler in SAMPLERS]
+        for i, sampler in enumerate(SAMPLERS):
+            before = "/run/models/rlhflow_iter1" if n == 2 else f"/run/models/rlhflow_iter2_{sampler}"
+            generate, train = generations[i], commands[f"train {n} {sampler}"]
+            assert flag(generate, "--model_name_or_path") == flag(train, "--model_name_or_path") == before
+            assert flag(generate, "--ref_model_name_or_path") == flag(train, "--ref_model") == base
+            assert flag(generate, "--sampler") == sampler
+            rewarded = f"/run/data/data_with_rewards_iter{n}_{sampler}.json"
+            assert values(annotate, "--output_file")[i] == flag(train, "--train_dir") == rewarded
+            assert flag(train, "--output_dir") == f"/run/models/rlhflow_iter{n}_{sampler}"
+
+
+def test_every_iteration_samples_anew():
+    commands = plan(TRAIN, SAMPLERS="offline")
+    seeds = [flag(words, "--seed") for stage, words in commands if stage.startswith("generate")]
+    assert len(set(seeds)) == 3
+
+
+# The published settings, from the paper's appendix.
+PUBLISHED = {
+    "safe_rlhf": {
+        "generate": {
+            "--template": "safe_rlhf",
+            "--max_prompt_characters": "128",
+            "--max_input_length": "128",
+            "--max_new_tokens": "128",
+            "--temperature": "0.7",
+            "--start": "0",
+            "--end": "10000",
+        },
+        "train": {"--max_length": "256", "--max_prompt_length": "128", "--margin_scale": "4"},
+    },
+    "iterative_prompt": {
+        "generate": {
+            "--template": "alpaca",
+            "--max_prompt_characters": "256",
+            "--max_input_length": "256",
+            "--max_new_tokens": "128",
+            "--temperature": "0.7",
+        },
+        "train": {"--max_length": "384", "--max_prompt_length": "256", "--margin_scale": "1"},
+    },
+}
+BATCH = {"safe_rlhf": 16, "iterative_prompt": 32}
+COMMON = {
+    "--loss_type": "rev_kl",
+    "--beta": "0.1",
+    "--learning_rate": "5e-7",
+    "--lr_scheduler_type": "cosine",
+    "--warmup_steps": "100",
+    "--num_train_epochs": "2",
+    "--num_processes": "8",
+}
+
+
+@pytest.mark.parametrize("recipe", PUBLISHED)
+def test_recipes_hold_the_published_settings(recipe):
+    commands = plan(f"sample_train_{recipe}.sh")
+    [generate] = [words for stage, words in commands if stage.startswith("generate 2")]
+    train = dict(commands)["train 2 online"]
+    assert len(in_turn(generate)) == 4
+    for line in in_turn(generate):
+        assert {name: flag(line, name) for name in PUBLISHED[recipe]["generate"]} == PUBLISHED[recipe]["generate"]
+    expected = PUBLISHED[recipe]["train"] | COMMON
+    assert {name: flag(train, name) for name in expected} == expected
+    each, accumulated = (
+        int(flag(train, name)) for name in ("--per_device_train_batch_size", "--gradient_accumulation_steps")
+    )
+    assert 8 * each * accumulated == BATCH[recipe]
+    assert any(word.endswith("configs/zero3.yaml") for word in train)
+
+
+def test_mixp_of_the_two_experiments():
+    safe, iterative = (
+        in_turn(next(words for stage, words in plan(f"sample_train_{recipe}.sh") if stage.startswith("generate 2")))[
+            3
+        ]
+        for recipe in PUBLISHED
+    )
+    assert (flag(safe, "--sampler"), flag(iterative, "--sampler")) == ("mixp", "mixp-iterative")
+    assert len(values(iterative, "--dataset_name_or_path")) == 4
+
+
+def test_evaluation_covers_every_model_on_test_and_train_prompts():
+    commands = plan("sample_eval_safe_rlhf.sh", RUN_DIR="/run", JUDGE_MODEL="judge/model", GPUS=1)
+    assert [stage for stage, _ in commands] == ["evaluate", "annotate_evaluation", "judge", "summarize"]
+    generations = in_turn(dict(commands)["evaluate"])
+    assert len(generations) == 2 + 2 * 4
+    assert flag(generations[0], "--model_name_or_path") == "PKU-Alignment/alpaca-7b-reproduced"
+    for words in generations:
+        assert (values(words, "--start"), values(words, "--end")) == (["10000", "0"], ["12000", "10000"])
+        assert (flag(words, "--temperature"), flag(words, "--K")) == ("0.1", "1")
+    written = [name for words in generations for name in values(words, "--output_file")]
+    assert "/run/eval/test_prompts/base_iter0.json" in written
+    assert "/run/eval/train_prompts/mixp_iter3.json" in written
+    for stage, scorer, suffix in (
+        ("annotate_evaluation", "sfairXC/FsfairX-LLaMA3-RM-v0.1", "_rewards"),
+        ("judge", "judge/model", "_judge"),
+    ):
+        words = dict(commands)[stage]
+        assert flag(words, "--reward_name_or_path") == scorer
+        assert values(words, "--dataset_name_or_path") == written
+        assert values(words, "--output_file") == [name.replace(".json", f"{suffix}.json") for name in written]
+
+
+def test_given_checkpoints_are_evaluated_without_training():
+    models = {"one": "owner/one", "two": "/a=b/two"}
+    given = {"RUN_DIR": "/run", "GPUS": 1, "MODELS": " ".join(f"{name}={path}" for name, path in models.items())}
+    commands = dict(plan("sample_eval_safe_rlhf.sh", **given))
+    lines = in_turn(commands["evaluate"])
+    paths = ["PKU-Alignment/alpaca-7b-reproduced", *models.values()]
+    assert [flag(line, "--model_name_or_path") for line in lines] == paths
+    assert flag(lines[1], "--output_file") == "/run/eval/test_prompts/one.json"
+    assert values(commands["summarize"], "--models") == list(models) and "--samplers" not in commands["summarize"]
+    measured = in_turn(dict(plan("sample_kl.sh", **given))["kl"])
+    assert [flag(line, "--output_file") for line in measured] == [
+        "/run/results/kl_one.json",
+        "/run/results/kl_two.json",
+    ]
+    for wrong in ("one", "one=", "../one=x"):
+        assert "MODELS" in refused("sample_kl.sh", MODELS=wrong)
+
+
+def test_reward_and_kl_of_the_same_responses():
+    commands = dict(plan("sample_kl.sh", RUN_DIR="/run", GPUS=1, SCORE_KL=True))
+    sampled = [flag(line, "--output_file") for line in in_turn(commands["kl_responses"])]
+    assert len(sampled) == 10 and sampled[0] == "/run/eval/kl_prompts/base_iter0.json"
+    assert values(commands["annotate_kl"], "--dataset_name_or_path") == sampled
+    lines = in_turn(commands["kl"])
+    assert [flag(line, "--responses") for line in lines] == sampled[1:]
+    temperatures = {flag(line, "--temperature") for line in [*lines, *in_turn(commands["kl_responses"])]}
+    assert temperatures == {"0.7"} and not any("--dataset_name_or_path" in line for line in lines)
+    assert flag(commands["summarize"], "--margin_scale") == "4"
+
+
+def test_kl_is_measured_on_200_held_out_prompts():
+    measured = in_turn(dict(plan("sample_kl.sh", RUN_DIR="/run", GPUS=1))["kl"])
+    assert len(measured) == 9
+    for words in measured:
+        assert flag(words, "--start") == "10000" and flag(words, "--end") == "10200"
+    assert flag(measured[0], "--output_file") == "/run/results/kl_shared_iter1.json"
+    assert flag(measured[-1], "--output_file") == "/run/results/kl_mixp_iter3.json"
+
+
+def test_first_iteration_checkpoint():
+    commands = plan(TRAIN, ITER1_MODEL="owner/iter-1", SAMPLERS="mixp", ITERS=2)
+    assert [stage for stage, _ in commands] == ["generate 2 mixp", "annotate 2 mixp", "train 2 mixp"]
+    assert flag(commands[0][1], "--model_name_or_path") == "owner/iter-1"
+
+
+PAIRS = [[1, [2, -1], [0, 1]]]
+
+
+def test_a_sampler_of_ones_own(tmp_path):
+    """As an argument and in a recipe of one's own; iteration 1 is on-policy whatever `online` is called."""
+    table = json.dumps({"mine": PAIRS, "online": PAIRS})
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"EXTENDS: safe_rlhf\nPAIRS: {table}\nSAMPLERS: [mine]\n")
+    for given in ({"SAMPLERS": "mine", "PAIRS": table}, {"RECIPE": recipe}):
+        commands = dict(plan(TRAIN, ITERS=2, **given))
+        assert json.loads(flag(commands["generate 2 mine"], "--pairs")) == PAIRS
+        assert "--pairs" not in commands["generate 1 online"]
+
+
+def test_fewer_gpus_keep_the_global_batch_and_machines_are_counted():
+    train = dict(plan(TRAIN, GPUS=2))["train 1 online"]
+    assert (flag(train, "--per_device_train_batch_size"), flag(train, "--gradient_accumulation_steps")) == ("2", "4")
+    assert flag(train, "--main_process_port") == "0"  # any that is free: runs may share a machine
+    machines = {"GPUS": 8, "NUM_MACHINES": 2, "MACHINE_RANK": 1, "MASTER_ADDR": "head"}
+    train = dict(plan(TRAIN, **machines))["train 1 online"]
+    assert flag(train, "--num_processes") == "16" and flag(train, "--gradient_accumulation_steps") == "1"
+    assert flag(train, "--per_device_train_batch_size") == "1"  # 16 pairs are not two for each of 16 processes
+    assert flag(train, "--machine_rank") == "1" and flag(train, "--main_process_ip") == "head"
+    assert flag(train, "--main_process_port") == "29500"
+
+
+@pytest.mark.parametrize(
+    ("given", "ray", "generation", "annotation"),
+    [
+        ({"GPUS": 8}, {}, "8", "8"),
+        ({"GPUS": 8, "TENSOR_PARALLEL_SIZE": 4}, {}, "2", "8"),
+        ({"GPUS": 2, "TENSOR_PARALLEL_SIZE": 2}, {}, None, "2"),
+        ({"GPUS": 1}, {}, None, None),
+        ({"GPUS": 8}, {"RAY_ADDRESS": "head:6379"}, "all", "all"),
+        ({"GPUS": 8, "NUM_ENGINES": 5}, {"RAY_ADDRESS": "head:6379"}, "5", "5"),
+        ({"GPUS": 8, "NUM_ENGINES": 1}, {}, None, None),
+        ({"RECIPE": "quickstart"}, {}, None, None),
+    ],
+)
+def test_every_gpu_has_an_engine_and_one_engine_needs_no_ray(given, ray, generation, annotation):
+    commands = dict(plan(TRAIN, environment=ray, ITERS=1, **given))
+    for stage, count in {"generate 1 online": generation, "annotate 1 online": annotation}.items():
+        assert values(commands[stage], "--num_engines") == ([count] if count else [])
+    size = str(given.get("TENSOR_PARALLEL_SIZE", 1))
+    assert flag(commands["generate 1 online"], "--tensor_parallel_size") == size
+    for stage, words in plan("sample_eval_safe_rlhf.sh", environment=ray, **given):
+        if (
+            stage == "evaluate"
+        ):  # Ray's engines share each model's prompts; without Ray each engine has its own models
+            by_ray = "RAY_ADDRESS" in ray or "NUM_ENGINES" in given
+            assert values(words, "--num_engines")[:1] == ([generation] if by_ray and generation else [])
+
+
+@pytest.mark.parametrize(
+    ("given", "visible", "shares"),
+    [
+        ({"GPUS": 1}, None, [None]),
+        ({"GPUS": 4}, None, ["0", "1", "2", "3"]),
+        ({"GPUS": 4, "TENSOR_PARALLEL_SIZE": 2}, "7,5,3,1", ["7,5", "3,1"]),
+        ({"GPUS": 8, "ITERS": 1}, None, ["0", "1"]),  # no more engines than models
+    ],
+)
+def test_evaluation_and_kl_give_every_gpu_models_of_its_own(given, visible, shares):
+    environment = {"CUDA_VISIBLE_DEVICES": visible} if visible else {}
+    for driver, stage in (("sample_eval_safe_rlhf.sh", "evaluate"), ("sample_kl.sh", "kl")):
+        whole = dict(plan(driver, RUN_DIR="/run", **{**given, "GPUS": 1, "TENSOR_PARALLEL_SIZE": 1}))[stage]
+        parts = [words for name, words in plan(driver, environment, RUN_DIR="/run", **given) if name == stage]
+        expected = shares[: len(in_turn(whole))] if len(in_turn(whole)) > 1 else [None]
+        found = [words[1].split("=")[1] if words[0] == "env" else None for words in parts]
+        assert found == expected
+        models = [flag(line, "--model_name_or_path") for words in parts for line in in_turn(words)]
+        assert sorted(models) == sorted(flag(line, "--model_name_or_path") for line in in_turn(whole))
+
+
+@pytest.mark.parametrize(("gpus", "visible", "used"), [(1, None, 1), (2, None, 2), (8, None, 8), (8, "0,3", 2)])
+def test_gpus_are_those_that_nvidia_smi_lists(gpus, visible, used, tmp_path):
+    environment = fake_nvidia_smi(tmp_path, gpus) | ({"CUDA_VISIBLE_DEVICES": visible} if visible else {})
+    given = {"RECIPE": "iterative_prompt", "ITERS": 1, "ACCELERATE_CONFIG": "zero3_offload"}
+    train = dict(plan(TRAIN, environment, **given))["train 1 online"]
+    assert flag(train, "--num_processes") == str(used)
+
+
+@pytest.mark.parametrize("driver", RECIPE_OF)
+def test_without_a_gpu_a_driver_says_what_to_do(driver, tmp_path):
+    line = refused(driver, fake_nvidia_smi(tmp_path, 0), RUN_DIR=tmp_path / "run")
+    assert "quickstart" in line and not (tmp_path / "run").exists()
+
+
+def test_a_gpu_that_torch_cannot_use_is_refused(tmp_path):
+    """The environment of these tests has a CPU build of torch."""
+    line = refused(TRAIN, fake_nvidia_smi(tmp_path, 1), RUN_DIR=tmp_path / "run", RECIPE="quickstart", GPUS=1)
+    assert "torch" in line and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"SAMPLERS": "../up"}, "SAMPLERS"),
+        ({"SAMPLERS": "a;b"}, "SAMPLERS"),
+        ({"SAMPLERS": "mixq"}, "mixq"),
+        ({"RECIPE": "../x"}, "RECIPE"),
+        ({"RECIPE": "none"}, "RECIPE"),
+        ({"ITERS": 0}, "ITERS"),
+        ({"ITERS": "two"}, "ITERS"),
+        ({"LEARNING_RATE": "small"}, "LEARNING_RATE"),
+        ({"BACKEND": "v"}, "BACKEND"),
+        ({"USE_LORA": "maybe"}, "USE_LORA"),
+        ({"PAIRS": "[1]"}, "PAIRS"),
+        ({"GPUS": 3}, "GLOBAL_BATCH"),
+        ({"NUM_ENGINES": "some"}, "NUM_ENGINES"),
+        ({"TENSOR_PARALLEL_SIZE": 0}, "TENSOR_PARALLEL_SIZE"),
+        ({"MACHINE_RANK": 1}, "MACHINE_RANK"),
+        ({"LERNING_RATE": 1}, "LEARNING_RATE"),
+        ({"SAMPLER": "mixp"}, "SAMPLERS"),
+        ({"samplers": "mixp"}, "SAMPLERS"),
+    ],
+)
+def test_wrong_settings(given, named):
+    """A misspelt one is told the nearest that there is."""
+    assert named in refused(TRAIN, DRY_RUN=1, **given)
+
+
+@pytest.mark.parametrize("text", ["NO_SUCH: 1", "ITERS: two", "- a list", "ITERS: [", "EXTENDS: none"])
+def test_a_wrong_recipe_is_refused_with_its_name(text, tmp_path):
+    recipe = tmp_path / "my.yaml"
+    recipe.write_text(text)
+    line = refused(TRAIN, DRY_RUN=1, RECIPE=recipe)
+    assert "my.yaml" in line or "EXTENDS" in text
+
+
+def test_a_word_that_is_no_setting_is_refused():
+    result = bash(f"alignment/{TRAIN}", "mixp", *settings(DRY_RUN=1))
+    assert result.returncode == 2 and "'mixp'" in result.stderr
+
+
+def test_the_environment_sets_nothing():
+    exported = {"K": "7", "SAMPLERS": "mixp", "ITERS": "1", "LEARNING_RATE": "1", "SEED": "7"}
+    assert plan(TRAIN, exported) == plan(TRAIN)
+    said = bash(f"alignment/{TRAIN}", "DRY_RUN=1", **exported).stderr
+    assert "SAMPLERS" in said and "LEARNING_RATE" in said and "K" not in said.replace("LEARNING_RATE", "").split()
+    # Who asked for a dry run the old way must not get a real one.
+    assert "DRY_RUN" in refused(TRAIN, {"DRY_RUN": "1"})
+
+
+def test_help_lists_every_setting():
+    text = bash("alignment/sample_kl.sh", "--help").stdout
+    for name in ("SAMPLERS", "LEARNING_RATE", "RUN_DIR", "KL_PROMPTS", "DRY_RUN"):
+        assert f"{name}=" in text
+
+
+def test_settings_reach_their_flags():
+    """Each with a value of its own; flags that repeat a script's default are left out."""
+    train = {
+        "LOSS_TYPE": ("ipo", "--loss_type"),
+        "CHOOSE_TYPE": ("max_min_p", "--choose_type"),
+        "LENGTH_PENALTY": ("0.01", "--length_penalty"),
+        "BETA": ("0.25", "--beta"),
+        "ATTENTION": ("eager", "--attn_implementation"),
+        "SAVE_DTYPE": ("float32", "--save_dtype"),
+        "LORA_R": ("8", "--lora_r"),
+        "LORA_ALPHA": ("16", "--lora_alpha"),
+        "LORA_TARGETS": ("q_proj,v_proj", "--lora_target_modules"),
+        "OPTIMIZER": ("adafactor", "--optim"),
+        "DDP_TIMEOUT": ("60", "--ddp_timeout"),
+        "MAX_STEPS": ("5", "--max_steps"),
+    }
+    given = {name: value for name, (value, _) in train.items()}
+    words = dict(plan(TRAIN, ITERS=1, USE_LORA=1, **given))["train 1 online"]
+    assert {name: (flag(words, option), option) for name, (_, option) in train.items()} == train
+    assert flag(words, "--use_lora") == "True"
+    plain = dict(plan(TRAIN, ITERS=1))["train 1 online"]
+    assert not {"--use_lora", "--lora_r", "--labels", "--label_noise", "--attn_implementation"} & set(plain)
+    annotate = dict(plan(TRAIN, ITERS=1, TOKEN_BUDGET=64, REWARD_MAX_LENGTH=32))["annotate 1 online"]
+    assert flag(annotate, "--token_budget") == "64" and flag(annotate, "--max_length") == "32"
+    own = dict(plan(TRAIN, ITERS=1, REWARD_FUNCTION="rules.py:exact"))["annotate 1 online"]
+    assert flag(own, "--reward_function") == "rules.py:exact" and "--reward_name_or_path" not in own
+    trl = dict(plan(TRAIN, ITERS=1, TRAINER="trl", TRL_LOSS_TYPE="ipo"))["train 1 online"]
+    assert flag(trl, "--trl_loss_type") == "ipo" and "--loss_type" not in trl
+    assert any(word.endswith("run_trl.py") for word in trl)
+
+
+def test_the_ablation_gives_every_seed_the_same_first_iteration():
+    words = settings(DRY_RUN=1, RUN_DIR="/study", SEEDS="4 5", SAMPLERS="online pilaf")
+    result = bash("alignment/sample_ablation.sh", *words)
+    assert result.returncode == 0, result.stderr
+    lines = re.findall(r"^\[(.+?)\] (.+)$", result.stdout, re.MULTILINE)
+    expected = ["generate 1 online", "annotate 1 online", "train 1 online"]
+    for seed in (4, 5):
+        train = ["generate 2 online pilaf", "annotate 2 online pilaf", "train 2 online", "train 2 pilaf"]
+        evaluate = ["evaluate", "annotate_evaluation", "judge", "summarize"]
+        for stages in (train, ["kl", "summarize"], evaluate):
+            expected += [f"seed {seed}", *stages]
+    assert [stage for stage, _ in lines] == [*expected, "compare_seeds"]
+    trainings = [command for stage, command in lines if stage.startswith("train 2")]
+    assert all("--model_name_or_path /study/shared/models/rlhflow_iter1 " in command for command in trainings)
+    assert ["--seed 4" in command for command in trainings] == [True, True, False, False]
+    assert "/study/seed_5/models/rlhflow_iter2_pilaf" in trainings[-1]
+    assert "SEEDS" in refused("sample_ablation.sh", SEEDS="1;2")
