@@ -13,7 +13,7 @@ from common.cli import UserError, first_line
 
 
 def check_model(name: str, what: str) -> None:
-    """Raises `UserError` if `name` looks like a local folder and is not a model that can be loaded safely.
+    """Raise `UserError` if `name` looks like a local folder and is not a model that can be loaded safely.
 
     Of the weights it reads the headers, so that a torn file is found before a stage does any work.
     """
@@ -46,7 +46,7 @@ def _check_weights(file: Path) -> None:
 
 
 def load_config(name: str, what: str, trust_remote_code: bool = False):
-    """The model's configuration. Raises `UserError` where it cannot be had."""
+    """Return the model's configuration. Raises `UserError` where it cannot be had."""
     from transformers import AutoConfig
 
     name = whole_model(name, what, trust_remote_code)
@@ -55,7 +55,7 @@ def load_config(name: str, what: str, trust_remote_code: bool = False):
 
 
 def load_tokenizer(name: str, what: str, trust_remote_code: bool = False):
-    """The model's tokenizer, with left padding and a pad token (EOS where it has none of its own)."""
+    """Return the model's tokenizer, with left padding and a pad token (EOS where it has none of its own)."""
     from transformers import AutoTokenizer
 
     name = whole_model(name, what, trust_remote_code)
@@ -68,7 +68,7 @@ def load_tokenizer(name: str, what: str, trust_remote_code: bool = False):
 
 
 def load_causal_lm(name: str, what: str, dtype: str, trust_remote_code: bool = False, **options):
-    """A causal language model in evaluation mode, from safetensors only; `dtype` is float32 or bfloat16."""
+    """Return a causal language model in evaluation mode, from safetensors only; `dtype` is float32 or bfloat16."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -79,7 +79,7 @@ def load_causal_lm(name: str, what: str, dtype: str, trust_remote_code: bool = F
 
 
 def load_reward_model(name: str, dtype: str, trust_remote_code: bool = False, needs_head: bool = True, **options):
-    """A sequence classifier in evaluation mode, from safetensors only.
+    """Return a sequence classifier in evaluation mode, from safetensors only.
 
     Raises:
         UserError: it cannot be loaded, or (with `needs_head`) its weights are not all there. transformers would fill
@@ -125,7 +125,7 @@ def make_savable(model) -> None:
 
 
 def give_memory_back() -> None:
-    """Returns to the system, or to the GPU, what freed models have held."""
+    """Return to the system, or to the GPU, what freed models have held."""
     import torch
 
     gc.collect()
@@ -137,19 +137,20 @@ def give_memory_back() -> None:
 
 
 def default_device() -> str:
-    """`cuda` where a GPU can be used, else `cpu`."""
+    """Return `cuda` where a GPU can be used, else `cpu`."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def default_dtype() -> str:
-    """bfloat16 on a GPU; float32 elsewhere, where it is exact and not slower."""
+    """Return bfloat16 on a GPU; float32 elsewhere, where it is exact and not slower."""
     return "bfloat16" if default_device() == "cuda" else "float32"
 
 
 def stored_dtype(name: str, trust_remote_code: bool = False) -> str:
     """Return the type in which most of a model's weights are stored: `float32`, `bfloat16`, ..."""
+    name = whole_model(name, "model", trust_remote_code)
     if not Path(name).is_dir():
         return str(load_config(name, "model", trust_remote_code).dtype).removeprefix("torch.")
     sizes = Counter()
@@ -164,7 +165,7 @@ def stored_dtype(name: str, trust_remote_code: bool = False) -> str:
 
 
 def render_chat(tokenizer, messages: list[dict], where: str, **options) -> str:
-    """The messages through the tokenizer's chat template. Raises `UserError` naming `where` if it refuses them."""
+    """Return the messages through the tokenizer's chat template. Raises `UserError` if that refuses them."""
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except Exception as error:  # a template may raise anything, for example on a system turn
@@ -172,7 +173,7 @@ def render_chat(tokenizer, messages: list[dict], where: str, **options) -> str:
 
 
 def encode_prompt(tokenizer, text: str) -> list[int]:
-    """Token ids of a templated prompt: the tokenizer's default special tokens, BOS at most once, no EOS added.
+    """Return a templated prompt's ids: the tokenizer's default special tokens, BOS at most once, no EOS added.
 
     A template that already holds BOS is not given a second one, and a tokenizer that ends every text with EOS is
     not allowed to end the prompt with it.
@@ -235,7 +236,7 @@ def tokenizer_fingerprint(tokenizer) -> str:
 
 
 def stop_token_ids(tokenizer, model_name: str) -> list[int]:
-    """Tokens that end a response: the tokenizer's EOS and those of the model's generation settings, sorted."""
+    """Return the ids that end a response, sorted: the tokenizer's EOS and the model's generation settings'."""
     from transformers import GenerationConfig
 
     ids = {tokenizer.eos_token_id}
@@ -271,7 +272,7 @@ def context_length(config, tokenizer=None) -> int | None:
 
 
 def check_same_vocabulary(policy_tokenizer, reference_tokenizer) -> None:
-    """Raises `UserError` unless both tokenizers give every token the same id: logits are mixed id by id."""
+    """Raise `UserError` unless both tokenizers give every token the same id: logits are mixed id by id."""
     policy, reference = policy_tokenizer.get_vocab(), reference_tokenizer.get_vocab()
     if policy == reference:
         return

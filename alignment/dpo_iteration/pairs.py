@@ -16,6 +16,7 @@ with the higher (penalised) reward is then the chosen one; a tie is no preferenc
 
 import math
 import random
+import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
@@ -71,6 +72,15 @@ def max_max(scores: Scores, components: Components, rng: random.Random) -> Indic
     return best, _best(scores, [i for i in range(len(scores)) if i != best])
 
 
+def max_sweet(scores: Scores, components: Components, rng: random.Random) -> Indices:
+    """Take the best and the one whose score is nearest to mean - 2 standard deviations of the K scores.
+
+    Xiao et al., "Finding the Sweet Spot", arXiv 2502.16825: of many samples the minimum serves less well.
+    """
+    best, target = _best(scores, range(len(scores))), statistics.mean(scores) - 2 * statistics.pstdev(scores)
+    return best, min((i for i in range(len(scores)) if i != best), key=lambda i: abs(scores[i] - target))
+
+
 def mixed_max_min(scores: Scores, components: Components, rng: random.Random) -> Indices:
     """Take the best and the worst within one component of the sampler.
 
@@ -98,6 +108,7 @@ CHOOSE_TYPES: dict[str, Callable] = {
     "max_random": max_random,
     "max_min": max_min,
     "max_max": max_max,
+    "max_sweet": max_sweet,
     "max_min_p": max_min,  # of penalised rewards, see `rewards_of`
     "implicit_max_min": any_max_min,  # of implicit rewards
     "mixed_max_min": mixed_max_min,

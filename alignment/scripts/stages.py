@@ -302,6 +302,7 @@ def kl(s: Settings) -> Words:
             start=s.TEST_START,
             end=s.TEST_START + s.KL_PROMPTS,
             temperature=s.KL_TEMPERATURE,
+            scoring_dtype=s.KL_DTYPE,
             **engine(s),
             seed=s.SEED * 1000,
             output_file=names.kl(s.RUN_DIR, n, label),

@@ -92,6 +92,7 @@ GENERATE = {
         ["answered.jsonl: line 2", "--continue_final_message"],
     ),
     "chat of a system turn": ("--dataset_name_or_path system.jsonl --template chat", ["system.jsonl: line 1"]),
+    "template variable that is taken": ("""--chat_template_kwargs '{"tokenize":1}'""", ["--chat_template_kwargs"]),
     "template variables not JSON": ("--chat_template_kwargs {x", ["--chat_template_kwargs '{x'"]),
     "too cold for vLLM": ("--temperature 0.001 --backend vllm", ["--temperature 0.001", "--backend hf"]),
     "too warm for vLLM": ("--temperature 3 --backend vllm", ["--temperature 3", "--backend hf"]),

@@ -1,12 +1,11 @@
 """The drivers: what they would run, and how they refuse. Nothing of torch is started."""
 
 import json
-import os
 import re
 
 import pytest
 from commands import bash, settings
-from plans import flag, in_turn, plan, refused, values
+from plans import fake_nvidia_smi, flag, in_turn, plan, refused, values
 
 SAMPLERS = ("offline", "online", "gshf", "mixp")
 ALL = " ".join(SAMPLERS)
@@ -170,12 +169,13 @@ def test_a_sampler_of_ones_own(tmp_path):
 
 
 def test_fewer_gpus_keep_the_global_batch_and_machines_are_counted():
-    train = dict(plan(TRAIN, GPUS=2, PER_DEVICE_BATCH=1))["train 1 online"]
-    assert flag(train, "--gradient_accumulation_steps") == "8"
+    train = dict(plan(TRAIN, GPUS=2))["train 1 online"]
+    assert (flag(train, "--per_device_train_batch_size"), flag(train, "--gradient_accumulation_steps")) == ("2", "4")
     assert flag(train, "--main_process_port") == "0"  # any that is free: runs may share a machine
-    machines = {"GPUS": 8, "NUM_MACHINES": 2, "MACHINE_RANK": 1, "MASTER_ADDR": "head", "PER_DEVICE_BATCH": 1}
+    machines = {"GPUS": 8, "NUM_MACHINES": 2, "MACHINE_RANK": 1, "MASTER_ADDR": "head"}
     train = dict(plan(TRAIN, **machines))["train 1 online"]
     assert flag(train, "--num_processes") == "16" and flag(train, "--gradient_accumulation_steps") == "1"
+    assert flag(train, "--per_device_train_batch_size") == "1"  # 16 pairs are not two for each of 16 processes
     assert flag(train, "--machine_rank") == "1" and flag(train, "--main_process_ip") == "head"
     assert flag(train, "--main_process_port") == "29500"
 
@@ -205,22 +205,11 @@ def test_every_gpu_has_an_engine_and_one_engine_needs_no_ray(given, ray, generat
         assert sizes == {str(given.get("TENSOR_PARALLEL_SIZE", 1))}
 
 
-def fake_nvidia_smi(folder, gpus: int, mebibytes: int = 81559) -> dict[str, str]:
-    """Return an environment in which nvidia-smi lists so many GPUs; with 0 it fails, as without a driver."""
-    tool = folder / "bin" / "nvidia-smi"
-    tool.parent.mkdir(exist_ok=True)
-    lines = "".join(f"    echo 'GPU {i}: NVIDIA H100 (UUID: GPU-{i})'\n" for i in range(gpus))
-    sizes = "".join(f"    echo {mebibytes}\n" for _ in range(gpus))
-    code = "" if gpus else "exit 9\n"
-    tool.write_text(f"#!/bin/sh\n{code}case $1 in\n--list-gpus)\n{lines}    ;;\n--query*)\n{sizes}    ;;\nesac\n")
-    tool.chmod(0o755)
-    return {"PATH": f"{tool.parent}{os.pathsep}{os.environ['PATH']}"}
-
-
 @pytest.mark.parametrize(("gpus", "visible", "used"), [(1, None, 1), (2, None, 2), (8, None, 8), (8, "0,3", 2)])
 def test_gpus_are_those_that_nvidia_smi_lists(gpus, visible, used, tmp_path):
     environment = fake_nvidia_smi(tmp_path, gpus) | ({"CUDA_VISIBLE_DEVICES": visible} if visible else {})
-    train = dict(plan(TRAIN, environment, RECIPE="iterative_prompt", ITERS=1))["train 1 online"]
+    given = {"RECIPE": "iterative_prompt", "ITERS": 1, "ACCELERATE_CONFIG": "zero3_offload"}
+    train = dict(plan(TRAIN, environment, **given))["train 1 online"]
     assert flag(train, "--num_processes") == str(used)
 
 
