@@ -6,6 +6,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from common.adapters import whole_model
@@ -139,11 +140,11 @@ def _write_rows(
     if not count:
         raise UserError(f"{options.train_file}: no prompt has two different responses with unequal rewards")
     rows = open_rows(path)
-    if not all(rows["prompt_ids"]):
+    if pc.min(pc.list_value_length(rows.data.column("prompt_ids"))).as_py() == 0:
         raise UserError(f"{options.train_file}: a prompt has no tokens, so nothing predicts its responses")
     if options.eval_fraction and len(rows.unique("prompt")) < 2:
         raise UserError(f"--eval_fraction {options.eval_fraction}: there is only one prompt")
-    longest = max(rows["length"])
+    longest = pc.max(rows.data.column("length")).as_py()
     if encoder.context is not None and longest > encoder.context:
         raise UserError(
             f"--max_length {options.max_length}: a row has {longest} tokens, the models read {encoder.context}"

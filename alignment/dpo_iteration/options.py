@@ -12,6 +12,7 @@ import os
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import HfArgumentParser, IntervalStrategy, TrainingArguments
@@ -22,7 +23,7 @@ from dpo_iteration.losses import LOSSES, looks_at_margin, takes_hard_labels
 from dpo_iteration.pairs import CHOOSE_TYPES, LABELS
 
 
-def option(default, text: str, **more):
+def option(default: Any, text: str, **more: object) -> Any:
     """Return a dataclass field with its help text."""
     return field(default=default, metadata={"help": text, **more})
 
