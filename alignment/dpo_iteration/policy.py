@@ -76,8 +76,13 @@ def four_bit_config(dtype: str) -> BitsAndBytesConfig:
 
 
 def load_base(options: DataOptions) -> PreTrainedModel:
-    """Return the model that an adapter was trained on, in float32: of 4-bit weights, what they stand for."""
-    four_bit = {"quantization_config": four_bit_config("float32")} if options.load_in_4bit else {}
+    """Return the model that an adapter was trained on, in float32: of 4-bit weights, what they stand for.
+
+    It stays off the GPU, where the trained policy still is.
+    """
+    four_bit = {}
+    if options.load_in_4bit:
+        four_bit = {"quantization_config": four_bit_config("float32"), "device_map": {"": "cpu"}}
     base = load_causal_lm(
         options.model_name_or_path, "--model_name_or_path", "float32", options.trust_remote_code, **four_bit
     )

@@ -416,6 +416,12 @@ def test_other_vocabulary_and_too_long_rows_are_refused(models, tmp_path):
     short = save_tiny_policy(tmp_path / "short", seed=1, context=8)
     with pytest.raises(UserError, match="tokens, the models read 8"):
         run_dpo.main(flags((short, models[1]), data, tmp_path / "out"))
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = 9  # fewer than the model's positions
+    limited = save_tiny_policy(tmp_path / "limited", seed=1, tokenizer=tokenizer)
+    with pytest.raises(UserError, match="tokens, the models read 9"):
+        run_dpo.main(flags((models[0], limited), data, tmp_path / "out"))
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_a_single_prompt_cannot_be_held_out(models, tmp_path):

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from tiny import tiny_tokenizer
+from tiny import save_tiny_policy, tiny_tokenizer
 from training_runs import (
     BETA,
     SCALE,
@@ -94,6 +94,15 @@ def test_text_of_control_tokens_in_responses_is_text(models, tmp_path):
     rows = rows_of(models, write_data(tmp_path / "d.json", instances), tmp_path)
     ended = instances[0]["stop_reasons"][0] == "stop"
     assert rows[0]["chosen_ids"].count(2) == ended and len(rows[0]["chosen_ids"]) > 4
+
+
+def test_a_tokenizer_without_eos_ends_no_response(models, tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    names = [save_tiny_policy(tmp_path / name, seed, tokenizer) for seed, name in enumerate("pr")]
+    instances = make_instances()
+    rows = rows_of(names, write_data(tmp_path / "d.json", instances), tmp_path)
+    assert len(rows) == 4 and not any(2 in row["chosen_ids"] + row["rejected_ids"] for row in rows)
 
 
 def rows_of(models, data, tmp_path, **more):
