@@ -36,12 +36,9 @@ def read_data(options: DataOptions) -> RecordStream:
         options.choose_type = data.settings.get("generate", {}).get("choose_type") or "max_min"
         if options.choose_type not in CHOOSE_TYPES:
             raise UserError(f"{options.train_file}: its sampler's choose_type {options.choose_type!r} is unknown")
-    return on_main(RecordStream, options.train_file, (*needed, "pairs")) if needs_pairs(options) else data
-
-
-def needs_pairs(options: DataOptions) -> bool:
-    """Return whether the choice looks at the component of the sampler that a response came from."""
-    return options.choose_type == "mixed_max_min"
+    if options.choose_type == "mixed_max_min":  # it looks at the component that a response came from
+        return on_main(RecordStream, options.train_file, (*needed, "pairs"))
+    return data
 
 
 def make_encoder(options: DataOptions, training: TrainingArguments, data: RecordStream) -> Encoder:
