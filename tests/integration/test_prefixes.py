@@ -148,7 +148,7 @@ def test_equals_one_sequence_at_a_time(kind, checkpointing):
             scale = wanted_gradients[name].abs().max()
             assert (gradient - wanted_gradients[name]).abs().max() <= 2e-5 * scale + 1e-7, (share, name)
     batch = sequences(rows)
-    row = len(find_prefixes(batch["input_ids"], batch["attention_mask"]).place)
+    row = len(find_prefixes(batch["input_ids"], batch["attention_mask"]).first)
     assert [shape[:2] for shape in seen] == [(1, row), batch["input_ids"].shape]
 
 
