@@ -23,7 +23,7 @@ from dpo_iteration import checkpoints
 from dpo_iteration.distributed import on_main, say, whole_models
 from dpo_iteration.options import DataOptions
 from dpo_iteration.pairs import CHOOSE_TYPES, choose_all
-from dpo_iteration.policy import precision
+from dpo_iteration.policy import check_adapter, precision
 from dpo_iteration.reference import implicit_rewards
 from dpo_iteration.rows import Encoder, build_rows, open_rows, write_rows
 
@@ -47,6 +47,8 @@ def make_encoder(options: DataOptions, training: TrainingArguments, data: Record
     with whole_models(training):  # an adapter is merged once, by the first process
         for what, name in names.items():
             on_main(whole_model, name, what, options.trust_remote_code)
+        if options.use_lora:
+            on_main(check_adapter, options)
     configs = [load_config(name, what, options.trust_remote_code) for what, name in names.items()]
     tokenizers = [load_tokenizer(name, what, options.trust_remote_code) for what, name in names.items()]
     check_same_vocabulary(*tokenizers)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import BitsAndBytesConfig, PreTrainedModel, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TrainingArguments, set_seed
 
 from common.cli import UserError, first_line
-from common.models import load_causal_lm, make_savable
+from common.models import load_causal_lm, load_config, make_savable
 from dpo_iteration.options import DataOptions
 
 if TYPE_CHECKING:  # seconds, and only an adapter needs it
@@ -50,6 +50,14 @@ def with_adapter(model: PreTrainedModel, options: DataOptions) -> PeftModel:
         return get_peft_model(model, lora_config(options))
     except ValueError as error:
         raise UserError(f"--lora_target_modules {options.lora_target_modules}: {first_line(error)}") from None
+
+
+def check_adapter(options: DataOptions) -> None:
+    """Raise `UserError` for an adapter that the policy has no modules for: tried on a model without weights."""
+    config = load_config(options.model_name_or_path, "--model_name_or_path", options.trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=options.trust_remote_code)
+        with_adapter(model, options)
 
 
 def lora_config(options: DataOptions) -> LoraConfig:
