@@ -45,13 +45,22 @@ def _check_weights(file: Path) -> None:
         raise UserError(f"{file}: not a whole safetensors file ({first_line(error)})") from None
 
 
-def load_config(name: str, what: str, trust_remote_code: bool = False):
-    """Return the model's configuration. Raises `UserError` where it cannot be had."""
+def load_config(name: str, what: str, trust_remote_code: bool = False, **options):
+    """Return the model's configuration. Raises `UserError` where it cannot be had.
+
+    A pad id that the vocabulary does not have (-1, or a token that only the tokenizer was given) counts as none: the
+    embedding would refuse it, or read beyond its end.
+    """
     from transformers import AutoConfig
 
     name = whole_model(name, what, trust_remote_code)
     check_model(name, what)
-    return _load(AutoConfig, name, what, trust_remote_code=trust_remote_code)
+    config = _load(AutoConfig, name, what, trust_remote_code=trust_remote_code, **options)
+    for part in (config, config.get_text_config()):
+        pad = getattr(part, "pad_token_id", None)
+        if pad is not None and not 0 <= pad < (getattr(part, "vocab_size", None) or pad + 1):
+            part.pad_token_id = None
+    return config
 
 
 def load_tokenizer(name: str, what: str, trust_remote_code: bool = False):
@@ -75,11 +84,12 @@ def load_causal_lm(name: str, what: str, dtype: str, trust_remote_code: bool = F
     name = whole_model(name, what, trust_remote_code)
     check_model(name, what)
     options = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code, **options}
-    return _load_whole(AutoModelForCausalLM, name, what, **options).eval()
+    config = load_config(name, what, trust_remote_code)
+    return _load_whole(AutoModelForCausalLM, name, what, config=config, **options).eval()
 
 
 def load_reward_model(name: str, dtype: str, trust_remote_code: bool = False, needs_head: bool = True, **options):
-    """Return a sequence classifier in evaluation mode, from safetensors only.
+    """Return a sequence classifier in evaluation mode, from safetensors only; `options` change its configuration.
 
     Raises:
         UserError: it cannot be loaded, or (with `needs_head`) its weights are not all there. transformers would fill
@@ -89,7 +99,8 @@ def load_reward_model(name: str, dtype: str, trust_remote_code: bool = False, ne
     from transformers import AutoModelForSequenceClassification
 
     check_model(name, "reward model")
-    options = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code, **options}
+    config = load_config(name, "reward model", trust_remote_code, **options)
+    options = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code, "config": config}
     kind = AutoModelForSequenceClassification
     return _load_whole(kind, name, "reward model", needs_all=needs_head, **options).eval()
 

@@ -118,7 +118,7 @@ def test_mixp_of_the_two_experiments():
 
 
 def test_evaluation_covers_every_model_on_test_and_train_prompts():
-    commands = plan("sample_eval_safe_rlhf.sh", RUN_DIR="/run", JUDGE_MODEL="judge/model")
+    commands = plan("sample_eval_safe_rlhf.sh", RUN_DIR="/run", JUDGE_MODEL="judge/model", GPUS=1)
     assert [stage for stage, _ in commands] == ["evaluate", "annotate_evaluation", "judge", "summarize"]
     generations = in_turn(dict(commands)["evaluate"])
     assert len(generations) == 2 + 2 * 4
@@ -140,7 +140,7 @@ def test_evaluation_covers_every_model_on_test_and_train_prompts():
 
 
 def test_kl_is_measured_on_200_held_out_prompts():
-    measured = in_turn(dict(plan("sample_kl.sh", RUN_DIR="/run"))["kl"])
+    measured = in_turn(dict(plan("sample_kl.sh", RUN_DIR="/run", GPUS=1))["kl"])
     assert len(measured) == 9
     for words in measured:
         assert flag(words, "--start") == "10000" and flag(words, "--end") == "10200"
@@ -194,15 +194,38 @@ def test_fewer_gpus_keep_the_global_batch_and_machines_are_counted():
     ],
 )
 def test_every_gpu_has_an_engine_and_one_engine_needs_no_ray(given, ray, generation, annotation):
-    for driver, stages in {
-        TRAIN: ("generate 1 online", "annotate 1 online"),
-        "sample_eval_safe_rlhf.sh": ("evaluate", "annotate_evaluation"),
-    }.items():
-        commands = dict(plan(driver, environment=ray, **given))
-        for stage, count in zip(stages, (generation, annotation), strict=True):
-            assert values(commands[stage], "--num_engines")[:1] == ([count] if count else [])
-        sizes = {flag(line, "--tensor_parallel_size") for line in in_turn(commands[stages[0]])}
-        assert sizes == {str(given.get("TENSOR_PARALLEL_SIZE", 1))}
+    commands = dict(plan(TRAIN, environment=ray, ITERS=1, **given))
+    for stage, count in {"generate 1 online": generation, "annotate 1 online": annotation}.items():
+        assert values(commands[stage], "--num_engines") == ([count] if count else [])
+    size = str(given.get("TENSOR_PARALLEL_SIZE", 1))
+    assert flag(commands["generate 1 online"], "--tensor_parallel_size") == size
+    for stage, words in plan("sample_eval_safe_rlhf.sh", environment=ray, **given):
+        if (
+            stage == "evaluate"
+        ):  # Ray's engines share each model's prompts; without Ray each engine has its own models
+            by_ray = "RAY_ADDRESS" in ray or "NUM_ENGINES" in given
+            assert values(words, "--num_engines")[:1] == ([generation] if by_ray and generation else [])
+
+
+@pytest.mark.parametrize(
+    ("given", "visible", "shares"),
+    [
+        ({"GPUS": 1}, None, [None]),
+        ({"GPUS": 4}, None, ["0", "1", "2", "3"]),
+        ({"GPUS": 4, "TENSOR_PARALLEL_SIZE": 2}, "7,5,3,1", ["7,5", "3,1"]),
+        ({"GPUS": 8, "ITERS": 1}, None, ["0", "1"]),  # no more engines than models
+    ],
+)
+def test_evaluation_and_kl_give_every_gpu_models_of_its_own(given, visible, shares):
+    environment = {"CUDA_VISIBLE_DEVICES": visible} if visible else {}
+    for driver, stage in (("sample_eval_safe_rlhf.sh", "evaluate"), ("sample_kl.sh", "kl")):
+        whole = dict(plan(driver, RUN_DIR="/run", **{**given, "GPUS": 1, "TENSOR_PARALLEL_SIZE": 1}))[stage]
+        parts = [words for name, words in plan(driver, environment, RUN_DIR="/run", **given) if name == stage]
+        expected = shares[: len(in_turn(whole))] if len(in_turn(whole)) > 1 else [None]
+        found = [words[1].split("=")[1] if words[0] == "env" else None for words in parts]
+        assert found == expected
+        models = [flag(line, "--model_name_or_path") for words in parts for line in in_turn(words)]
+        assert sorted(models) == sorted(flag(line, "--model_name_or_path") for line in in_turn(whole))
 
 
 @pytest.mark.parametrize(("gpus", "visible", "used"), [(1, None, 1), (2, None, 2), (8, None, 8), (8, "0,3", 2)])
