@@ -36,6 +36,7 @@ WHERE = {
     "rounds_3": "3 rounds",
     "pipeline": "3 rounds × 2 epochs",
     "labels_19200": "19,200 labels",
+    "exact": "exact gradients",
 }
 
 
@@ -120,7 +121,7 @@ def where(study: Path):
         for x, cell in enumerate(cells):
             error_bar(axis, x + 0.13 * (i - 1.5), rows_of(study, cell)[sampler], sampler, None if x else sampler)
     axis.axhline(0, color="black", lw=0.8)
-    axis.set_xticks(range(len(cells)), [WHERE[cell] for cell in cells], fontsize=7)
+    axis.set_xticks(range(len(cells)), [WHERE[cell] for cell in cells], fontsize=6)
     axis.set_ylabel("value gap minus online's")
     axis.legend(fontsize=7)
     return figure

@@ -108,7 +108,7 @@ def test_the_real_rewards_are_the_environments(env, annotated):
 
 def test_training_ends_where_the_lab_ends(env, policy, annotated):
     instances, _ = read_records(annotated / "data.json", ("responses", "rewards"))
-    rows, _ = choose_all(instances, "data.json", "max_min", seed=42)
+    rows = list(choose_all(instances, "data.json", "max_min", seed=42))
     run(
         "dpo_iteration/run_dpo.py",
         *("--model_name_or_path", annotated / "policy", "--ref_model", annotated / "reference"),
