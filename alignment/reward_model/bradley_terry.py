@@ -15,7 +15,7 @@ from transformers import Trainer
 from annotate_data.scorer import pad_right
 from annotate_data.texts import chat_text, encode
 from common.cli import UserError
-from dpo_iteration.dpo import FilledUp
+from common.even_shares import FilledUp
 
 
 def bradley_terry_losses(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
