@@ -357,7 +357,7 @@ def reward_model(s: Settings) -> Commands:
 
 
 def judge_model(s: Settings) -> Commands:
-    """The quickstart's judge: it learns from other prompts, in another order, than the reward model."""
+    """The quickstart's judge: it learns what other people said of other prompts than the reward model."""
     return scorer(s, "judge", "judge_pairs.jsonl", seed=1)
 
 

@@ -108,7 +108,7 @@ def leave(disk: Path, free: int) -> Path:
     return filler
 
 
-@pytest.mark.parametrize(("free", "named"), [(8 * KIB, "out.json.journal"), (32 * KIB, "out.json")])
+@pytest.mark.parametrize(("free", "named"), [(8 * KIB, "out.json.journal"), (64 * KIB, "out.json")])
 def test_disk_full_while_generating(place, tmp_path, disk, free, named):
     """In the journal, and with a whole journal in the final file."""
     assert generate(place, tmp_path / "whole.json").returncode == 0
@@ -271,7 +271,7 @@ def test_too_long_prompts_are_left_out_and_counted(place, tmp_path):
     assert 0 < len(kept) < 60
     assert f"{60 - len(kept)} prompts left out as too long" in result.stdout
     ends_in_one_line(generate(place, tmp_path / "none.json", "--max_input_length", 3), "60 left out as too long")
-    ends_in_one_line(generate(place, tmp_path / "none.json", "--max_input_length", 250), "250", "256 tokens")
+    ends_in_one_line(generate(place, tmp_path / "none.json", "--max_new_tokens", 256), "256 tokens")
 
 
 def test_long_and_empty_texts_go_through_annotation_and_training(place, tmp_path):
