@@ -37,13 +37,14 @@ class Mixture:
     """One row.
 
     Attributes:
-        pairs: the pairs, as a function of beta, the KL coefficient of the DPO loss (only `pilaf` uses it).
+        pairs: the pairs, as a function of beta, the KL coefficient of the DPO loss (`pilaf` and `theory` use it).
         about: what a pair is, in a few words, and its source.
         second_model: what the second weight belongs to: `reference`, or `previous`, the policy of the iteration
             before the current one.
         candidates: responses a prompt, K.
         choose: how two of the candidates become a pair, a rule of alignment/dpo_iteration/pairs.py: `max_min` the
-            best and the worst by reward, `implicit_max_min` by implicit reward, `random` any two.
+            best and the worst by reward, `implicit_max_min` by implicit reward, `max_sweet` the best and the one
+            nearest to two standard deviations below the mean, `random` any two.
     """
 
     pairs: Callable[[float], WeightPairs]
@@ -66,6 +67,11 @@ def family(a: float, b: float, p: float = 1.0) -> WeightPairs:
 def always(first: tuple[float, float], second: tuple[float, float]) -> Callable[[float], WeightPairs]:
     """One pair, at any beta."""
     return lambda beta: (WeightPair(1.0, first, second),)
+
+
+def theory(beta: float) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return DPO-Mix-P's second pair with pi_ref for uniform: pi_ref (pi/pi_ref)^beta, pi_ref (pi_ref/pi)^beta."""
+    return (beta, 1 - beta), (-beta, 1 + beta)
 
 
 MIXTURES = {
@@ -92,6 +98,19 @@ MIXTURES = {
         always(POLICY, SECOND),
         "policy x reference, the pair of XPO (its optimism bonus is a loss, not a sampler): arXiv 2405.21046",
     ),
+    "theory": Mixture(
+        lambda beta: (WeightPair(1.0, *theory(beta)),),
+        "beta/(1-beta) x -beta/(1+beta): DPO-Mix-P's second pair around the reference",
+    ),
+    "theory-mix": Mixture(
+        lambda beta: (WeightPair(0.5, SECOND, SECOND), WeightPair(0.5, *theory(beta))),
+        "half offline, half theory: DPO-Mix-P around the reference, its two pairs equally often",
+        choose=WITHIN,
+    ),
+    "nash-md": Mixture(
+        always(POLICY, (0.875, 0.125)),
+        "policy x 0.875/0.125: the pair of Nash-MD (its loss is another), arXiv 2312.00886",
+    ),
     "history": Mixture(
         always(POLICY, SECOND), "policy x the policy of the iteration before", second_model="previous"
     ),
@@ -99,6 +118,12 @@ MIXTURES = {
         always(POLICY, POLICY),
         "best and worst of 8 on-policy responses, by reward: West-of-N, arXiv 2401.12086",
         candidates=8,
+    ),
+    "best-sweet": Mixture(
+        always(POLICY, POLICY),
+        "best of 8 on-policy responses and the one nearest to mean - 2 sd of their rewards: arXiv 2502.16825",
+        candidates=8,
+        choose="max_sweet",
     ),
     "implicit-best-worst": Mixture(
         always(POLICY, POLICY),

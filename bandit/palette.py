@@ -35,6 +35,9 @@ COLORS = {
     "best-worst": _BLACK,
     "implicit-best-worst": _GREY,
     "random-pairs": _INDIGO,
+    "theory": "#CC3311",
+    "theory-mix": "#EE7733",
+    "nash-md": "#0077BB",
 }
 
 # A second sign beside the colour, for figures of many samplers.

@@ -1,57 +1,18 @@
-"""Models, GPUs and work as numbers, and what one forward pass costs: pure functions to bytes, FLOP and seconds.
+"""GPUs and work as numbers, and what one forward pass costs: pure functions to FLOP and seconds.
 
-The stages are in stage_cost.py, the tables in scale.py. Nothing here was measured: rates are peaks times the shares
-that `Hardware` assumes. Units: bytes, seconds, FLOP; GB is 10^9 bytes.
+Bytes are in alignment/scripts/memory.py, the stages in stage_cost.py, the tables in scale.py. Nothing here was
+measured: rates are peaks times the shares that `Hardware` assumes. Units: bytes, seconds, FLOP; GB is 10^9 bytes.
 """
 
 import math
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
-BF16, FP32 = 2, 4
-# Bytes a trained parameter in DeepSpeed's bfloat16 mode: weight and gradient in bf16; master weight and Adam's two
-# moments in float32. While a sub-group of parameters is updated its gradient exists in float32 too.
-WEIGHT, GRADIENT, OPTIMIZER = BF16, BF16, 3 * FP32
-# DeepSpeed's defaults, in parameters: gathered at a time, waiting to be reduced, updated at a time.
-LIVE_PARAMETERS, REDUCE_BUCKET, SUB_GROUP = 10**9, 5 * 10**8, 10**9
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "alignment"))
 
-
-@dataclass(frozen=True)
-class Shape:
-    """A Llama-like decoder without biases. `outputs`: rows of the head; None: one a token of the vocabulary."""
-
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    intermediate: int
-    vocabulary: int
-    head_size: int
-    tied: bool = False
-    outputs: int | None = None
-
-    @property
-    def layer_parameters(self) -> int:
-        """Of one layer: query and output, key and value, three of the MLP, two norms."""
-        attention = 2 * self.hidden * self.head_size * (self.heads + self.kv_heads)
-        return attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
-
-    @property
-    def head_parameters(self) -> int:
-        """Of the output head, whether or not it is tied to the embeddings."""
-        return self.hidden * (self.vocabulary if self.outputs is None else self.outputs)
-
-    @property
-    def multiplied(self) -> int:
-        """Parameters that every token is multiplied with: all but the embeddings, of which it looks up one row."""
-        return self.layers * self.layer_parameters + self.head_parameters
-
-    @property
-    def parameters(self) -> int:
-        """All parameters."""
-        own_head = 0 if self.tied else self.head_parameters
-        return self.layers * self.layer_parameters + self.hidden * (self.vocabulary + 1) + own_head
-
+from scripts.memory import BF16, Shape, kv_bytes, kv_share
 
 SHAPES = {
     "7B": Shape(32, 4096, 32, 32, 11008, 32000, 128),
@@ -168,36 +129,10 @@ def scale(terms: dict[str, float], factor: float) -> dict[str, float]:
 # --- Shapes to bytes and FLOP -------------------------------------------------------------------------------------
 
 
-def kv_bytes(shape: Shape, tokens: int = 1) -> int:
-    """Bytes of the KV cache of `tokens` tokens: keys and values of every layer."""
-    return tokens * 2 * shape.layers * shape.kv_heads * shape.head_size * BF16
-
-
 def forward_flops(shape: Shape, tokens: float, context: float) -> float:
     """FLOP of a forward pass over `tokens` tokens that attend to `context` tokens on average."""
     attention = 4 * shape.layers * shape.heads * shape.head_size * context
     return tokens * (2 * shape.multiplied + attention)
-
-
-def activation_bytes(shape: Shape, tokens: int, kept_layers: int = 1) -> int:
-    """Bytes of activations: the input of each kept layer, and about all tensors of the one at work."""
-    at_work = 8 * shape.hidden + 4 * shape.intermediate
-    return BF16 * tokens * (kept_layers * shape.hidden + at_work)
-
-
-def model_file_bytes(shape: Shape, bytes_each: int = BF16) -> int:
-    """Bytes of the tensors in a saved model."""
-    return bytes_each * shape.parameters
-
-
-def checkpoint_bytes(shape: Shape) -> int:
-    """Bytes of a checkpoint from which ZeRO-3 training continues: float32 states, and the weights gathered."""
-    return (OPTIMIZER + BF16) * shape.parameters
-
-
-def kv_share(shape: Shape, parallel: int) -> int:
-    """Over how many GPUs a KV cache is divided: heads are not split, so beyond `kv_heads` they are copied."""
-    return min(parallel, shape.kv_heads)
 
 
 def pass_terms(

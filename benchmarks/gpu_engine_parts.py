@@ -17,8 +17,7 @@ PROMPT, RESPONSE = 24, 16  # tokens, where results are compared
 
 
 def start(setting: Setting, models: list[str], dtype: str, slots: int, length: int, **options):
-    """Return an engine in this process, so that its model can be reached."""
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    """Return an engine as the project starts it: on a GPU in a process of its own."""
     from generation.backend_vllm import VLLMGenerator
 
     policy, reference = [*models, None][:2]
@@ -45,7 +44,7 @@ def mixture(compile: str, asynchronous: bool, dtype: str | None = None) -> Calla
 
     def part(setting: Setting) -> Iterator[Check]:
         shape, kind = setting.shape("0.1B"), dtype or setting.dtype
-        models = [random_model(setting, shape, seed) for seed in (0, 1)]
+        models = [random_model(setting, shape, seed, attention=4.0) for seed in (0, 1)]
         engine = start(setting, models, kind, 16, 64, compile=compile, async_scheduling=asynchronous)
         done = {size: responses(engine, shape, size) for size in (1, 7, 8, 9, 16)}
         engine.close()
@@ -122,6 +121,7 @@ def speed(compile: str, models: int) -> Callable[[Setting], Iterator[Check]]:
     def part(setting: Setting) -> Iterator[Check]:
         shape = setting.shape("7B")
         counts, length = ((4, 8), 8) if setting.tiny else ((64, 128, 256), 128)
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, so that its model can be reached
         began = time.perf_counter()
         engine = start(
             setting, [shell(setting, shape)] * models, setting.dtype, max(counts), 2 * length, compile=compile,

@@ -94,18 +94,25 @@ def shell(setting: Setting, shape: str) -> str:
     return str(folder)
 
 
-def random_model(setting: Setting, shape: str, seed: int = 0, reward: bool = False) -> str:
-    """Return a folder with a random model; its head is sharpened, so that the likeliest token is clear."""
+def random_model(setting: Setting, shape: str, seed: int = 0, reward: bool = False, attention: float = 1.0) -> str:
+    """Return a folder with a random model; its head is sharpened, so that the likeliest token is clear.
+
+    Args:
+        attention: scales the attention's matrices; a fresh model hardly looks at earlier tokens.
+    """
     import torch
     from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
-    folder = setting.folder / f"{'reward' if reward else 'model'}-{shape}-{seed}"
+    folder = setting.folder / f"{'reward' if reward else 'model'}-{shape}-{seed}-{attention:g}"
     if (folder / "tokenizer.json").exists():
         return str(folder)
     torch.manual_seed(seed)
     with torch.device(setting.device):
         kind = LlamaForSequenceClassification if reward else LlamaForCausalLM
         model = kind(config_of(shape, **({"num_labels": 1} if reward else {})))
+    for name, weight in model.named_parameters():
+        if "self_attn" in name:
+            weight.data.mul_(attention)
     if not reward:
         model.lm_head.weight.data.mul_(5)
     model.to(getattr(torch, setting.dtype)).save_pretrained(folder)

@@ -10,6 +10,7 @@ touched page by page, and what it takes is not growth.
 """
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -22,8 +23,8 @@ from benchmarks.harness import ASSETS, PROJECT, Row, peak_memory, report
 MIB = 2**20
 ALLOWED = 1.2
 WORDS = """
-Peak memory of the real scripts as processes of their own, two responses of at most 16 tokens a prompt, tiny random
-models; baseline: {} prompts, ours: {} prompts. vLLM's cache (1 GiB) is full in both.
+Peak memory of the real scripts as processes of their own, two responses per prompt (at most 16 tokens where they are
+generated), tiny random models; baseline: few prompts, ours: ten times as many. vLLM's cache (1 GiB) is full in both.
 """
 MODELS = """
 import sys
@@ -38,7 +39,7 @@ save_tiny_reward_model(sys.argv[1] + "/reward", 2, context=256)
 def make_models(folder: Path) -> None:
     """Policy, reference and reward model of random weights, by a process of its own: this one has to stay small."""
     command = [sys.executable, "-c", MODELS, str(folder)]
-    subprocess.run(command, cwd=PROJECT / "tests", check=True, capture_output=True)
+    subprocess.run(command, cwd=PROJECT / "tests/support", check=True, capture_output=True)
 
 
 def write_prompts(path: Path, count: int) -> None:
@@ -63,14 +64,31 @@ def generate(folder: Path, count: int, backend: str) -> int:
     return peak_memory(command("generation/generate.py", flags))
 
 
-def annotate(folder: Path, count: int) -> int:
-    """Peak memory of get_rewards.py on the responses that the vLLM back end made, bytes."""
-    flags = {
-        "dataset_name_or_path": folder / f"vllm_{count}.json",
-        "reward_name_or_path": folder / "reward",
-        "output_file": folder / f"rewards_{count}.json",
-    }
+def annotate(folder: Path, count: int, **reward: object) -> int:
+    """Peak memory of get_rewards.py on `count` rows of two responses and 24 ids each, bytes."""
+    data = folder / f"responses_{count}.json"
+    with open(data, "w", encoding="utf-8") as file:
+        file.write('{"instances": [')
+        for i in range(count):
+            ids = [i % 30] * 24
+            row = {"prompt": f"prompt {i}", "responses": ["a" * (i % 40), f"b {i}"], "response_ids": [ids, ids]}
+            file.write(",\n" * (i > 0) + json.dumps(row))
+        file.write("]}")
+    flags = {"dataset_name_or_path": data, **reward, "output_file": folder / f"rewards_{count}.json"}
     return peak_memory(command("annotate_data/get_rewards.py", flags))
+
+
+def annotate_by_model(folder: Path, count: int) -> int:
+    """Peak memory with a reward model."""
+    return annotate(folder, count, reward_name_or_path=folder / "reward")
+
+
+def annotate_by_function(folder: Path, count: int) -> int:
+    """Peak memory with a function of the user's own; torch is not imported then."""
+    (folder / "rules.py").write_text(
+        "def length(prompt, responses, fields):\n    return [len(r) for r in responses]\n"
+    )
+    return annotate(folder, count, reward_function=f"{folder / 'rules.py'}:length")
 
 
 def command(script: str, flags: dict) -> list[str]:
@@ -90,19 +108,28 @@ def main() -> None:
     parser.add_argument(
         "--prompts", type=int, nargs=2, default=[1000, 10000], help="few and many (default 1000 10000)"
     )
-    counts = parser.parse_args().prompts
+    parser.add_argument("--only", default="", help="only cases whose name begins so")
+    args = parser.parse_args()
+    counts = args.prompts
+    # Ten times the rows where no engine is at work.
     cases = {
-        "generate, vLLM": lambda folder, count: generate(folder, count, "vllm"),
-        "generate, transformers": lambda folder, count: generate(folder, count, "hf"),
-        "annotate": annotate,
+        "generate, vLLM": (1, lambda folder, count: generate(folder, count, "vllm")),
+        "generate, transformers": (1, lambda folder, count: generate(folder, count, "hf")),
+        "annotate": (10, annotate_by_model),
+        "annotate with a function": (10, annotate_by_function),
     }
+    rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_models(folder)
         for count in counts:
             write_prompts(folder / f"prompts_{count}.jsonl", count)
-        rows = [row(case, *(peak(folder, count) for count in counts), counts) for case, peak in cases.items()]
-    report("Memory", WORDS.format(*counts), rows)
+        for case, (factor, peak) in cases.items():
+            if case.startswith(args.only):
+                many = [factor * count for count in counts]
+                name = f"{case}, {many[0]:,} and {many[1]:,} prompts"
+                rows.append(row(name, *(peak(folder, count) for count in many), many))
+    report("Memory", WORDS, rows)
 
 
 if __name__ == "__main__":

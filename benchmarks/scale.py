@@ -15,20 +15,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in (".", "alignment")]
 
-from benchmarks.cost import (
-    OPTIMIZER,
-    REWARD_MODEL,
-    SHAPES,
-    Hardware,
-    Shape,
-    Stage,
-    Workload,
-    checkpoint_bytes,
-    in_turn,
-    kv_bytes,
-    model_file_bytes,
-    overlapped,
-)
+from benchmarks.cost import REWARD_MODEL, SHAPES, Hardware, Shape, Stage, Workload, in_turn, overlapped
 from benchmarks.stage_cost import (
     annotation,
     batch_that_fits,
@@ -43,6 +30,7 @@ from benchmarks.stage_cost import (
     training,
 )
 from common.cli import Parser, UserError, positive, positive_int, run
+from scripts.memory import OPTIMIZER, checkpoint_bytes, kv_bytes, model_file_bytes, shape_of
 
 BEGIN = "<!-- begin: python benchmarks/scale.py -->"
 END = "<!-- end -->"
@@ -112,17 +100,7 @@ def read_shape(folder: str) -> Shape:
         kind = config["model_type"]
         if kind not in ("llama", "mistral") or config.get("attention_bias") or config.get("mlp_bias"):
             raise UserError(f"{path}: a {kind} model; the arithmetic is for Llama and Mistral without biases")
-        heads, hidden = config["num_attention_heads"], config["hidden_size"]
-        return Shape(
-            layers=config["num_hidden_layers"],
-            hidden=hidden,
-            heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
-            intermediate=config["intermediate_size"],
-            vocabulary=config["vocab_size"],
-            head_size=config.get("head_dim") or hidden // heads,
-            tied=bool(config.get("tie_word_embeddings", False)),
-        )
+        return shape_of(config)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except (ValueError, TypeError, KeyError) as error:

@@ -6,28 +6,19 @@ Loading a model, starting an engine and Python's own time are left out, and ever
 
 import math
 
-from benchmarks.cost import (
-    BF16,
-    FP32,
+from benchmarks.cost import Hardware, Shape, Stage, Workload, add, in_turn, overlapped, pass_terms, scale
+from scripts import memory
+from scripts.memory import (
     GRADIENT,
-    LIVE_PARAMETERS,
     OPTIMIZER,
     REDUCE_BUCKET,
-    SUB_GROUP,
     WEIGHT,
-    Hardware,
-    Shape,
-    Stage,
-    Workload,
     activation_bytes,
-    add,
-    in_turn,
     kv_bytes,
     kv_share,
+    live_bytes,
     model_file_bytes,
-    overlapped,
-    pass_terms,
-    scale,
+    training_bytes,
 )
 
 # --- Generation ---------------------------------------------------------------------------------------------------
@@ -35,8 +26,7 @@ from benchmarks.cost import (
 
 def batch_that_fits(models: list[Shape], work: Workload, hardware: Hardware, parallel: int) -> int:
     """Responses of full length whose KV caches fit beside the weights of all `models` (may be 0 or less)."""
-    room = hardware.usable - sum(model_file_bytes(m) for m in models) / parallel
-    return math.floor(room / sum(kv_bytes(m, work.length) / kv_share(m, parallel) for m in models))
+    return memory.batch_that_fits(models, work.length, hardware.usable, parallel)
 
 
 def parallel_needed(models: list[Shape], work: Workload, hardware: Hardware, gpus: int) -> int | None:
@@ -118,17 +108,6 @@ def kl(shape: Shape, work: Workload, hardware: Hardware, gpus: int) -> list[Stag
 
 
 # --- Training -----------------------------------------------------------------------------------------------------
-
-
-def training_bytes(parameters: int, gpus: int) -> float:
-    """Bytes a GPU of weights, gradients and optimizer states under ZeRO-3, at the peak of the optimizer's step."""
-    shard = parameters / gpus
-    return shard * (WEIGHT + GRADIENT + OPTIMIZER) + FP32 * min(shard, SUB_GROUP)
-
-
-def live_bytes(shape: Shape, gpus: int) -> float:
-    """Bytes of parameters that ZeRO-3 has gathered at a time, on more than one GPU."""
-    return 0 if gpus == 1 else BF16 * min(LIVE_PARAMETERS, shape.parameters)
 
 
 def global_batch(work: Workload, gpus: int) -> int:

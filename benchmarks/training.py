@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.harness import ASSETS, Row, growth_row, medians, report, seconds, shares  # isort: skip (first)
@@ -50,6 +52,14 @@ def read_rows(model: str, pairs: Path, number: int) -> list[dict]:
         if len(rows) == number:
             return list(rows.values())
     raise UserError(f"--pairs {pairs}: {len(rows)} prompts with two long responses, {number} are needed")
+
+
+def arrow(rows: list[dict]):
+    """Rows as training takes them."""
+    from datasets import Dataset
+
+    lengths = ({"length": len(row["prompt_ids"]) + RESPONSE_TOKENS} for row in rows)
+    return Dataset.from_list([row | length for row, length in zip(rows, lengths, strict=True)])
 
 
 # --- The sides --------------------------------------------------------------------------------------------------
@@ -91,7 +101,7 @@ def our_options(model: str, batch: int, output_dir: str):
     """What `run_dpo.py` makes of the same settings: (options, training arguments)."""
     from dpo_iteration.options import parse
 
-    flags = {**COMMON, "model_name_or_path": model, "ref_model": model, "train_dir": "none"}
+    flags = {**COMMON, "model_name_or_path": model, "ref_model": model, "train_file": "none"}
     flags |= {"output_dir": output_dir, "per_device_train_batch_size": batch}
     options, training = parse([word for name, value in flags.items() for word in (f"--{name}", str(value))])
     training.dataloader_pin_memory = False
@@ -102,7 +112,7 @@ def with_reference_inside(trainer, model: str):
     """Our trainer, made to ask a reference model in every step."""
     import torch
 
-    from dpo_iteration.response_logps import SEQUENCES, as_scorer
+    from dpo_iteration.logps import SEQUENCES, as_scorer
 
     reference, loss = as_scorer(load_causal_lm(model, "--model", "float32")), trainer.compute_loss
 
@@ -126,16 +136,13 @@ def two_epochs(side: str, model: str, rows: list[dict], output_dir: str) -> dict
         trainer = trl_trainer(model, rows, EPOCH_BATCH, output_dir, reference=True)
     else:
         options, training = our_options(model, EPOCH_BATCH, output_dir)
-        logps = [[0.0, 0.0]] * len(rows)
+        rows, logps = arrow(rows), np.zeros((len(rows), 2))
         if side == "before":
             start = time.perf_counter()
-            logps = reference.compute(rows, model, options, training, "float32", autocast=False)
+            logps = reference.compute(rows, model, options, training, ("float32", False))
             before = time.perf_counter() - start
-        rows = [
-            {**row, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
-            for row, (chosen, rejected) in zip(rows, logps, strict=True)
-        ]
-        trainer = make_trainer(options, training, rows, [])
+        rows = rows.add_column("ref_chosen_logps", logps[:, 0]).add_column("ref_rejected_logps", logps[:, 1])
+        trainer = make_trainer(options, training, rows, None)
         if side == "inside":
             trainer = with_reference_inside(trainer, model)
     start = time.perf_counter()
@@ -190,12 +197,12 @@ def least_flops(model, rows: list[dict]) -> float:
     """Of forward and backward pass on each distinct prefix once: 6 a weight and token, and causal attention."""
     from torch import nn
 
-    from dpo_iteration.prefixes import find_prefixes
+    from dpo_iteration.logps import find_prefixes
     from dpo_iteration.rows import collate
 
     batch, head, config = collate(rows), model.get_output_embeddings(), model.config
     layers = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
-    tokens = len(find_prefixes(batch["input_ids"], batch["attention_mask"]).place)
+    tokens = len(find_prefixes(batch["input_ids"], batch["attention_mask"]).first)
     lengths = batch["attention_mask"].sum(1).double()
     scores = config.num_hidden_layers * config.hidden_size * lengths.square().sum().item()
     return 6 * (layers * tokens + head.weight.numel() * batch["response_mask"].sum().item() + scores)
@@ -214,7 +221,7 @@ def step_rows(args, output_dir: str) -> list[Row]:
     rows = [{**pair, "ref_chosen_logps": -70.0, "ref_rejected_logps": -80.0} for pair in rows]
     few = rows[:STEP_PAIRS]
     theirs = trl_trainer(args.model, rows, STEP_PAIRS, output_dir, reference=False)
-    ours = make_trainer(*our_options(args.model, STEP_PAIRS, output_dir), rows, [])
+    ours = make_trainer(*our_options(args.model, STEP_PAIRS, output_dir), arrow(rows), None)
     for trainer in (theirs, ours):
         trainer.create_optimizer()
     for _ in range(2):  # the second loss shows whether the first step did the same

@@ -21,7 +21,7 @@ class TextBatches:
 
     Args:
         name: a folder or hub name of an `AutoModelForSequenceClassification`.
-        max_length: tokens kept of a text; None = what the tokenizer or the model allows.
+        max_length: tokens kept of a text, as far as tokenizer and model allow them; None = all of these.
         token_budget: most tokens, padding included, in one forward pass; None = what suits this machine's
             device, see TOKEN_BUDGET.
         trust_remote_code: whether the model may bring its own Python code.
@@ -38,8 +38,10 @@ class TextBatches:
         trust_remote_code: bool = False,
     ) -> None:
         config = load_config(name, "reward model", trust_remote_code)
+        self.name, self.vocabulary = name, config.get_text_config().vocab_size
         self.tokenizer = load_tokenizer(name, "reward model", trust_remote_code)
-        self.max_length = _length_limit(self.tokenizer, config, max_length)
+        limits = (max_length, context_length(config, self.tokenizer))
+        self.max_length = min((limit for limit in limits if limit is not None), default=None)
         self.token_budget = token_budget or TOKEN_BUDGET[default_device()]
         self.cut = 0
 
@@ -49,7 +51,18 @@ class TextBatches:
         while window := list(itertools.islice(texts, WINDOW)):
             tokens, cut = encode(self.tokenizer, window, self.max_length)
             self.cut += sum(cut)
-            yield from tokens
+            for ids in tokens:
+                self._check_ids(ids)
+                yield ids
+
+    def _check_ids(self, ids: list[int]) -> None:
+        highest = max(ids, default=0)
+        if highest >= self.vocabulary:  # a token that was added to the tokenizer only
+            token = self.tokenizer.convert_ids_to_tokens(highest)
+            raise UserError(
+                f"reward model {self.name}: a text holds the token {token!r}, whose id {highest} is beyond the "
+                f"model's vocabulary of {self.vocabulary}"
+            )
 
 
 def length_batches(lengths: Sequence[int], budget: int, skip: Collection[int] = frozenset()) -> Iterator[list[int]]:
@@ -187,9 +200,11 @@ def pad_right(rows: list[Sequence[int]], config) -> dict[str, torch.Tensor] | No
         {input_ids [B, T], attention_mask [B, T]}, or None if several rows together use every id.
     """
     text_config = config.get_text_config()
-    used = set(itertools.chain.from_iterable(rows)) | {text_config.eos_token_id}
-    candidates = itertools.chain([text_config.pad_token_id], range(text_config.vocab_size))
-    pad = next((i for i in candidates if i is not None and i not in used), None)
+    eos = text_config.eos_token_id
+    used = set(itertools.chain.from_iterable(rows)).union(eos if isinstance(eos, list) else [eos])
+    vocabulary = range(text_config.vocab_size)
+    candidates = itertools.chain([text_config.pad_token_id], vocabulary)
+    pad = next((i for i in candidates if i in vocabulary and i not in used), None)
     if pad is None and len(rows) > 1:
         return None
     config.pad_token_id = text_config.pad_token_id = pad
@@ -206,10 +221,3 @@ def _checked_column(name: str, labels: int, column: int | None) -> int:
     if column is not None and column >= labels:
         raise UserError(f"reward model {name}: --reward_column {column}, but it has {labels} label(s)")
     return column or 0
-
-
-def _length_limit(tokenizer, config, max_length: int | None) -> int | None:
-    """The given length, else the tokenizer's (a huge number there means "unknown"), else the model's context."""
-    if max_length:
-        return max_length
-    return tokenizer.model_max_length if tokenizer.model_max_length < 10**9 else context_length(config)

@@ -45,7 +45,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def add(self, flag: str, text: str, **options) -> None:
-        """Adds a flag; its help is `text` followed by the default, where there is one."""
+        """Add a flag; its help is `text` followed by the default, where there is one."""
         default = options.get("default")
         if default is not None and default is not False:
             text += f" (default: {default})"
@@ -56,19 +56,19 @@ class Parser(argparse.ArgumentParser):
 
 
 def fail(message: str, program: str | None = None) -> None:
-    """Prints one line on standard error and exits with code 2."""
+    """Print one line on standard error and exits with code 2."""
     line = " ".join(str(message).split())
     print(f"{program or os.path.basename(sys.argv[0])}: error: {line}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says; its kind where it says nothing."""
+    """Return the first line of what an error says; its kind where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a script's `main`: a `UserError` becomes one line and exit code 2, Ctrl-C and SIGTERM exit code 130."""
+    """Run a script's `main`: a `UserError` becomes one line and exit code 2, Ctrl-C and SIGTERM exit code 130."""
     try:
         main()
     except UserError as error:
@@ -118,7 +118,7 @@ if threading.current_thread() is threading.main_thread():
 
 
 def checked(kind: Callable, test: Callable[[float], bool], wanted: str) -> Callable:
-    """An argparse type: `kind(text)` if it passes `test`, else an error that says what is wanted."""
+    """Return an argparse type: `kind(text)` if it passes `test`, else an error that says what is wanted."""
 
     def convert(text: str):
         try:

@@ -62,14 +62,14 @@ class Rows(Mapping):
 
     def __init__(self, file: int) -> None:
         self._file = file
-        self._spans: dict[str, tuple[int, int]] = {}
+        self._spans: dict[str, int] = {}  # offset · 2^32 + length: one number takes a third of a pair's memory
 
     def point(self, key: str, offset: int, length: int) -> None:
         """Says where the line of `key` is, in bytes."""
-        self._spans[key] = offset, length
+        self._spans[key] = offset << 32 | length
 
     def __getitem__(self, key: str) -> dict:
-        offset, length = self._spans[key]
+        offset, length = divmod(self._spans[key], 1 << 32)
         return json.loads(os.pread(self._file, length, offset))["row"]
 
     def __contains__(self, key: object) -> bool:  # without a look at the file, unlike Mapping's own

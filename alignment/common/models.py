@@ -8,11 +8,12 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.adapters import whole_model
 from common.cli import UserError, first_line
 
 
 def check_model(name: str, what: str) -> None:
-    """Raises `UserError` if `name` looks like a local folder and is not a model that can be loaded safely.
+    """Raise `UserError` if `name` looks like a local folder and is not a model that can be loaded safely.
 
     Of the weights it reads the headers, so that a torn file is found before a stage does any work.
     """
@@ -44,18 +45,29 @@ def _check_weights(file: Path) -> None:
         raise UserError(f"{file}: not a whole safetensors file ({first_line(error)})") from None
 
 
-def load_config(name: str, what: str, trust_remote_code: bool = False):
-    """The model's configuration. Raises `UserError` where it cannot be had."""
+def load_config(name: str, what: str, trust_remote_code: bool = False, **options):
+    """Return the model's configuration. Raises `UserError` where it cannot be had.
+
+    A pad id that the vocabulary does not have (-1, or a token that only the tokenizer was given) counts as none: the
+    embedding would refuse it, or read beyond its end.
+    """
     from transformers import AutoConfig
 
+    name = whole_model(name, what, trust_remote_code)
     check_model(name, what)
-    return _load(AutoConfig, name, what, trust_remote_code=trust_remote_code)
+    config = _load(AutoConfig, name, what, trust_remote_code=trust_remote_code, **options)
+    for part in (config, config.get_text_config()):
+        pad = getattr(part, "pad_token_id", None)
+        if pad is not None and not 0 <= pad < (getattr(part, "vocab_size", None) or pad + 1):
+            part.pad_token_id = None
+    return config
 
 
 def load_tokenizer(name: str, what: str, trust_remote_code: bool = False):
-    """The model's tokenizer, with left padding and a pad token (EOS where it has none of its own)."""
+    """Return the model's tokenizer, with left padding and a pad token (EOS where it has none of its own)."""
     from transformers import AutoTokenizer
 
+    name = whole_model(name, what, trust_remote_code)
     check_model(name, what)
     tokenizer = _load(AutoTokenizer, name, what, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token_id is None:
@@ -65,17 +77,19 @@ def load_tokenizer(name: str, what: str, trust_remote_code: bool = False):
 
 
 def load_causal_lm(name: str, what: str, dtype: str, trust_remote_code: bool = False, **options):
-    """A causal language model in evaluation mode, from safetensors only; `dtype` is float32 or bfloat16."""
+    """Return a causal language model in evaluation mode, from safetensors only; `dtype` is float32 or bfloat16."""
     import torch
     from transformers import AutoModelForCausalLM
 
+    name = whole_model(name, what, trust_remote_code)
     check_model(name, what)
     options = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code, **options}
-    return _load_whole(AutoModelForCausalLM, name, what, **options).eval()
+    config = load_config(name, what, trust_remote_code)
+    return _load_whole(AutoModelForCausalLM, name, what, config=config, **options).eval()
 
 
 def load_reward_model(name: str, dtype: str, trust_remote_code: bool = False, needs_head: bool = True, **options):
-    """A sequence classifier in evaluation mode, from safetensors only.
+    """Return a sequence classifier in evaluation mode, from safetensors only; `options` change its configuration.
 
     Raises:
         UserError: it cannot be loaded, or (with `needs_head`) its weights are not all there. transformers would fill
@@ -85,7 +99,8 @@ def load_reward_model(name: str, dtype: str, trust_remote_code: bool = False, ne
     from transformers import AutoModelForSequenceClassification
 
     check_model(name, "reward model")
-    options = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code, **options}
+    config = load_config(name, "reward model", trust_remote_code, **options)
+    options = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code, "config": config}
     kind = AutoModelForSequenceClassification
     return _load_whole(kind, name, "reward model", needs_all=needs_head, **options).eval()
 
@@ -112,8 +127,16 @@ def _load(kind, name: str, what: str, **options):
         raise UserError(f"{what} {name}: cannot be loaded ({first_line(error)})") from None
 
 
+def make_savable(model) -> None:
+    """Repair a published generation config that is refused on saving (temperature set, sampling off)."""
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:
+        model.generation_config.do_sample = True
+
+
 def give_memory_back() -> None:
-    """Returns to the system, or to the GPU, what freed models have held."""
+    """Return to the system, or to the GPU, what freed models have held."""
     import torch
 
     gc.collect()
@@ -125,19 +148,20 @@ def give_memory_back() -> None:
 
 
 def default_device() -> str:
-    """`cuda` where a GPU can be used, else `cpu`."""
+    """Return `cuda` where a GPU can be used, else `cpu`."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def default_dtype() -> str:
-    """bfloat16 on a GPU; float32 elsewhere, where it is exact and not slower."""
+    """Return bfloat16 on a GPU; float32 elsewhere, where it is exact and not slower."""
     return "bfloat16" if default_device() == "cuda" else "float32"
 
 
 def stored_dtype(name: str, trust_remote_code: bool = False) -> str:
     """Return the type in which most of a model's weights are stored: `float32`, `bfloat16`, ..."""
+    name = whole_model(name, "model", trust_remote_code)
     if not Path(name).is_dir():
         return str(load_config(name, "model", trust_remote_code).dtype).removeprefix("torch.")
     sizes = Counter()
@@ -152,7 +176,7 @@ def stored_dtype(name: str, trust_remote_code: bool = False) -> str:
 
 
 def render_chat(tokenizer, messages: list[dict], where: str, **options) -> str:
-    """The messages through the tokenizer's chat template. Raises `UserError` naming `where` if it refuses them."""
+    """Return the messages through the tokenizer's chat template. Raises `UserError` if that refuses them."""
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except Exception as error:  # a template may raise anything, for example on a system turn
@@ -160,7 +184,7 @@ def render_chat(tokenizer, messages: list[dict], where: str, **options) -> str:
 
 
 def encode_prompt(tokenizer, text: str) -> list[int]:
-    """Token ids of a templated prompt: the tokenizer's default special tokens, BOS at most once, no EOS added.
+    """Return a templated prompt's ids: the tokenizer's default special tokens, BOS at most once, no EOS added.
 
     A template that already holds BOS is not given a second one, and a tokenizer that ends every text with EOS is
     not allowed to end the prompt with it.
@@ -223,12 +247,12 @@ def tokenizer_fingerprint(tokenizer) -> str:
 
 
 def stop_token_ids(tokenizer, model_name: str) -> list[int]:
-    """Tokens that end a response: the tokenizer's EOS and those of the model's generation settings, sorted."""
+    """Return the ids that end a response, sorted: the tokenizer's EOS and the model's generation settings'."""
     from transformers import GenerationConfig
 
     ids = {tokenizer.eos_token_id}
     try:
-        listed = GenerationConfig.from_pretrained(model_name).eos_token_id
+        listed = GenerationConfig.from_pretrained(whole_model(model_name, "policy")).eos_token_id
     except OSError:  # a model without a generation_config.json stops at EOS alone
         listed = None
     ids |= set(listed if isinstance(listed, list) else [listed])
@@ -259,7 +283,7 @@ def context_length(config, tokenizer=None) -> int | None:
 
 
 def check_same_vocabulary(policy_tokenizer, reference_tokenizer) -> None:
-    """Raises `UserError` unless both tokenizers give every token the same id: logits are mixed id by id."""
+    """Raise `UserError` unless both tokenizers give every token the same id: logits are mixed id by id."""
     policy, reference = policy_tokenizer.get_vocab(), reference_tokenizer.get_vocab()
     if policy == reference:
         return

@@ -28,7 +28,7 @@ MODEL_FILES = (
 
 
 def provenance(libraries: Iterable[str], inputs: list[dict]) -> dict:
-    """The record of one stage.
+    """Return the record of one stage.
 
     Args:
         libraries: pip packages that the stage uses besides torch and transformers.
@@ -38,7 +38,7 @@ def provenance(libraries: Iterable[str], inputs: list[dict]) -> dict:
 
 
 def model_inputs(models: dict[str, str | None]) -> list[dict]:
-    """Entries {"what", "name", and "sha256" or, from a hub, "commit"} of models; reads every byte of them.
+    """Return entries {"what", "name", and "sha256" or, from a hub, "commit"} of models; reads every byte of them.
 
     Args:
         models: what a model is to the stage → folder or hub name; None for one that it does not use.
@@ -48,12 +48,12 @@ def model_inputs(models: dict[str, str | None]) -> list[dict]:
 
 
 def data_inputs(names: Iterable[str]) -> list[dict]:
-    """The same of data: files, folders saved by `datasets`, hub names."""
+    """Return the same of data: files, folders saved by `datasets`, hub names."""
     return [{"what": "data", "name": name, **fingerprint(name, "data")} for name in names]
 
 
 def versions(libraries: Iterable[str]) -> dict[str, str | None]:
-    """Versions of Python, torch, transformers and `libraries`; None for one that is not installed."""
+    """Return versions of Python, torch, transformers and `libraries`; None for one that is not installed."""
     return {"python": platform.python_version()} | {
         name: _version(name) for name in ("torch", "transformers", *libraries)
     }
@@ -70,7 +70,7 @@ def _version(name: str) -> str | None:
 
 
 def fingerprint(name: str, what: str) -> dict[str, str | None]:
-    """{"sha256"} of a local file or folder; {"commit"} of a hub name: None where the hub's cache does not know it."""
+    """Return {"sha256"} of a local file or folder; {"commit"} of a hub name, None where its cache lacks it."""
     path = Path(name)
     if path.is_file():
         return {"sha256": sha256(path)}
@@ -80,7 +80,7 @@ def fingerprint(name: str, what: str) -> dict[str, str | None]:
 
 
 def folder_sha256(folder: Path) -> str:
-    """SHA-256 over (name, size, SHA-256) of a model's files, or of all files of another folder, sorted by name."""
+    """Return the SHA-256 over (name, size, SHA-256) of a model's files, or of all of another folder's, by name."""
     patterns = MODEL_FILES if (folder / "config.json").is_file() else ("**/*",)
     files = sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
     with ThreadPoolExecutor(4) as pool:  # hashing leaves Python's lock
@@ -94,7 +94,7 @@ def folder_sha256(folder: Path) -> str:
 
 
 def hub_commit(name: str, kind: str) -> str | None:
-    """The commit that a hub name stood for when it was last resolved, from the hub client's cache."""
+    """Return the commit that a hub name stood for when it was last resolved, from the hub client's cache."""
     from huggingface_hub import constants
 
     folder = f"{kind}s--{name.replace('/', '--')}"
@@ -105,7 +105,7 @@ def hub_commit(name: str, kind: str) -> str | None:
 
 
 def changes(record: object, look_up: Callable = fingerprint) -> list[str]:
-    """What of a stage's record is not so any more, one text each. Raises `UserError` if it is not a record.
+    """Return what of a stage's record is not so any more, one text each. Raises `UserError` if it is not a record.
 
     Args:
         record: from `provenance`.

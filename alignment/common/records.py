@@ -25,7 +25,7 @@ PER_RESPONSE = ("responses", "rewards", "pairs", "stop_reasons", "num_tokens")
 
 
 def read_json(path: str | Path) -> object:
-    """The JSON value in `path`. Raises `UserError` that names the file and, for bad JSON, the line."""
+    """Return the JSON value in `path`. Raises `UserError` that names the file and, for bad JSON, the line."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -42,13 +42,13 @@ def read_json(path: str | Path) -> object:
 
 
 def not_json(error: Exception) -> str:
-    """What is wrong with a text that `json.loads` refused with `error`."""
+    """Return what is wrong with a text that `json.loads` refused with `error`."""
     # Besides bad syntax: numbers of thousands of digits (ValueError), thousands of nested brackets (RecursionError).
     return f"not JSON ({getattr(error, 'msg', None) or first_line(error)})"
 
 
 def read_records(path: str | Path, need: tuple[str, ...] = ("responses",)) -> tuple[list[dict], dict]:
-    """Instances and settings of a data file.
+    """Return instances and settings of a data file.
 
     Args:
         path: the file.
@@ -77,14 +77,14 @@ def read_records(path: str | Path, need: tuple[str, ...] = ("responses",)) -> tu
 
 
 def read_provenance(path: str | Path) -> dict:
-    """What the stages that made a data file recorded about their inputs; {} for a file of another program."""
+    """Return what the stages that made a data file recorded about their inputs; {} for a file of another program."""
     stored = read_json(path)
     stored = stored.get("provenance") if isinstance(stored, dict) else None
     return stored if isinstance(stored, dict) else {}
 
 
 def check_instance(where: str, instance: object, need: tuple[str, ...]) -> None:
-    """Raises `UserError` unless `instance` is a row of a data file that carries the per-response lists `need`."""
+    """Raise `UserError` unless `instance` is a row of a data file that carries the per-response lists `need`."""
     if not isinstance(instance, dict):
         raise UserError(f"{where}: not an object")
     if not isinstance(instance.get("prompt"), str):
@@ -122,7 +122,7 @@ def check_response_ids(where: str, instance: dict, vocabulary: int = sys.maxsize
 
 
 def check_writable(where: str, row: dict) -> None:
-    """Raises `UserError` for what JSON lets in and no tokenizer or other JSON reader takes."""
+    """Raise `UserError` for what JSON lets in and no tokenizer or other JSON reader takes."""
     for field, value in row.items():
         try:
             json.dumps({field: value}, ensure_ascii=False, allow_nan=False).encode()
@@ -134,7 +134,7 @@ def check_writable(where: str, row: dict) -> None:
 
 @contextlib.contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Makes a refusal of the system (disk full, read-only, no permission) a `UserError` that names `path`."""
+    """Make a refusal of the system (disk full, read-only, no permission) a `UserError` that names `path`."""
     try:
         yield
     except OSError as error:
@@ -142,7 +142,7 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 def write_atomic(path: str | Path, text: str | Iterable[str]) -> None:
-    """Writes beside `path`, flushes to disk, renames: readers see the old file or the whole new one.
+    """Write beside `path`, flushes to disk, renames: readers see the old file or the whole new one.
 
     Args:
         path: the file.
@@ -164,7 +164,7 @@ def write_atomic(path: str | Path, text: str | Iterable[str]) -> None:
 
 
 def rename_flushed(temporary: str | Path, path: str | Path) -> None:
-    """Gives a finished file or folder its name; what it holds and the name are on the disk then.
+    """Give a finished file or folder its name; what it holds and the name are on the disk then.
 
     Args:
         temporary: a file that is flushed, or a folder, whose files are flushed here.
@@ -190,14 +190,14 @@ def _flush(path: str | Path) -> None:
 
 
 def write_json(path: str | Path, value: object) -> None:
-    """Writes `value` as indented JSON, atomically."""
+    """Write `value` as indented JSON, atomically."""
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_records(
     path: str | Path, instances: Iterable[dict], settings: dict, provenance: dict | None = None
 ) -> None:
-    """Writes a data file atomically: one instance a line, so that `diff` and `head` are of use.
+    """Write a data file atomically: one instance per line, so that `diff` and `head` are of use.
 
     Args:
         path: the file.
@@ -218,7 +218,7 @@ def write_records(
 
 
 def sha256(path: str | Path) -> str:
-    """SHA-256 of a file, in hexadecimal. Raises `UserError` if it cannot be read."""
+    """Return the SHA-256 of a file, in hexadecimal. Raises `UserError` if it cannot be read."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,27 +8,33 @@ import contextlib
 import fcntl
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 import torch
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from common.adapters import save_merged, whole_model
 from common.cli import UserError
 from common.journal import refuse_other_settings
-from common.models import load_causal_lm
+from common.models import make_savable
 from common.records import read_json, rename_flushed, write_json
 from dpo_iteration.distributed import on_main, whole_models
+from dpo_iteration.options import DataOptions
+from dpo_iteration.policy import load_base
 
 
 def work_dir(output_dir: str) -> Path:
-    """The working folder of `output_dir`."""
+    """Return the working folder of `output_dir`."""
     return Path(str(Path(output_dir)) + ".partial")
 
 
 def is_done(output_dir: str, settings: dict) -> bool:
-    """Whether `output_dir` holds the result of these settings; raises `UserError` where it holds anything else."""
+    """Return whether `output_dir` holds the result of these settings; anything else there is a `UserError`."""
     output = Path(output_dir)
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
@@ -38,14 +44,14 @@ def is_done(output_dir: str, settings: dict) -> bool:
     return True
 
 
-def open_work(output_dir: str, settings: dict, data_settings: dict, made_from: Callable[[], dict]):
-    """Makes or reopens the working folder and locks it; returns the lock, to be kept until the end.
+def open_work(output_dir: str, settings: dict, data_settings: dict, made_from: Callable[[], dict]) -> TextIO:
+    """Make or reopen the working folder and lock it; return the lock, to be kept until the end.
 
     Args:
         output_dir: where the result goes.
         settings: what is compared when a run continues.
         data_settings: those of the data file, kept with the result.
-        made_from: computes the provenance, once a run: it reads the models.
+        made_from: computes the provenance, once per run: it reads the models.
     """
     folder = work_dir(output_dir)
     record = folder / "settings.json"
@@ -68,8 +74,15 @@ def open_work(output_dir: str, settings: dict, data_settings: dict, made_from: C
     return lock
 
 
+def lock_work(*work) -> list[TextIO]:
+    """Open the working folder in the first process; the lock is held as long as the result is."""
+    locks: list[TextIO] = []
+    on_main(lambda: locks.append(open_work(*work)))
+    return locks
+
+
 def newest_checkpoint(folder: Path) -> str | None:
-    """The newest complete checkpoint in `folder`; torn ones (the process was killed while saving) are removed."""
+    """Return the newest complete checkpoint in `folder`; torn ones (of a process killed while saving) are removed."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
     for path in found:
         try:
@@ -82,7 +95,7 @@ def newest_checkpoint(folder: Path) -> str | None:
 
 @contextlib.contextmanager
 def saving(output_dir: str) -> Iterator[None]:
-    """Makes the errors of a full disk, of which each library has its own, one `UserError`."""
+    """Make the errors of a full disk, of which each library has its own, one `UserError`."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -92,40 +105,69 @@ def saving(output_dir: str) -> Iterator[None]:
         raise
 
 
-class NoCheckpointAtTheEnd(TrainerCallback):
-    """The Trainer saves weights and optimizer after the last step, just before the finished model is written."""
+def give_up(output_dir: str) -> None:
+    """Remove the working folder of a run that was refused, unless an earlier start has left a checkpoint there."""
+    folder = work_dir(output_dir)
+    if newest_checkpoint(folder) is None:
+        shutil.rmtree(folder, ignore_errors=True)
 
-    def on_step_end(self, args, state, control, **kwargs):
-        """Cancels that checkpoint."""
+
+class Checkpoints(TrainerCallback):
+    """Checkpoints by time, where that is asked for; none after the last step, when the finished model is written.
+
+    Args:
+        minutes: between checkpoints; 0: the Trainer's own arguments say when.
+    """
+
+    def __init__(self, minutes: float) -> None:
+        self.minutes, self.last = minutes, time.monotonic()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Decide in the first process, for all."""
+        if self.minutes:
+            (due,) = broadcast_object_list([time.monotonic() - self.last >= 60 * self.minutes])
+            control.should_save |= due
+            if due:
+                self.last = time.monotonic()
         if state.global_step >= state.max_steps:
             control.should_save = False
 
 
-def publish(trainer, options, output_dir: str, dtype: str) -> None:
-    """Writes model, tokenizer, trainer state and settings, gives them their name and removes the working folder."""
+def publish(trainer: Trainer, options: DataOptions, output_dir: str, dtype: str) -> None:
+    """Write model, tokenizer, trainer state and settings, give them their name and remove the working folder."""
     folder = work_dir(output_dir)
-    final, raw = folder / "final", folder / "weights"
-    trainer.save_model(str(raw))  # all processes take part: shards are gathered
+    weights = gathered_weights(trainer)  # all processes take part
     with whole_models(trainer.args):
-        on_main(_write_final, trainer, options, raw, final, dtype)
-    on_main(_rename, final, Path(output_dir), folder)
+        on_main(_write_final, trainer, weights, options, folder / "final", dtype)
+    on_main(_rename, folder / "final", Path(output_dir), folder)
 
 
-def _write_final(trainer, options, raw: Path, final: Path, dtype: str) -> None:
+def gathered_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Return the trained weights by name, in the first process whole ones; with an adapter perhaps only its own."""
+    if not trainer.is_deepspeed_enabled:
+        return trainer.accelerator.get_state_dict(trainer.model)
+    engine = trainer.deepspeed
+    if hasattr(trainer.model, "peft_config") and engine.zero_optimization_stage() == 3:
+        return engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True)
+    return trainer.accelerator.get_state_dict(engine)
+
+
+def _write_final(
+    trainer: Trainer, weights: dict[str, torch.Tensor], options: DataOptions, final: Path, dtype: str
+) -> None:
     shutil.rmtree(final, ignore_errors=True)
+    model = trainer.accelerator.unwrap_model(trainer.model)
     remote = options.trust_remote_code
     if options.use_lora:
-        from peft import PeftModel
-
-        base = load_causal_lm(options.model_name_or_path, "--model_name_or_path", "float32", remote)
-        PeftModel.from_pretrained(base, raw).merge_and_unload().to(getattr(torch, dtype)).save_pretrained(final)
-        shutil.copytree(raw, final / "adapter", ignore=shutil.ignore_patterns("training_args.bin"))
+        model.peft_config["default"].base_model_name_or_path = options.model_name_or_path
+        model.save_pretrained(final / "adapter", state_dict=weights, save_embedding_layers=False)
+        save_merged(load_base(options), final / "adapter", final, dtype, "the trained model", remote)
     else:
-        model = load_causal_lm(str(raw), "trained model", dtype, remote)
-        model.config.use_cache = True  # the Trainer turned it off for training
-        make_savable(model)
-        model.save_pretrained(final)
-    AutoTokenizer.from_pretrained(options.model_name_or_path, trust_remote_code=remote).save_pretrained(final)
+        _save_whole(model, weights, final, dtype)
+    tokenizer = whole_model(options.model_name_or_path, "--model_name_or_path", remote)
+    AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=remote).save_pretrained(final)
     trainer.state.save_to_json(str(final / "trainer_state.json"))
     shutil.copy(final.parent / "settings.json", final / "settings.json")
     for i, events in enumerate(sorted((final.parent / "runs").rglob("events.*"))):
@@ -134,14 +176,21 @@ def _write_final(trainer, options, raw: Path, final: Path, dtype: str) -> None:
         shutil.copy(events, final / "runs" / f"events.out.tfevents.{i}")
 
 
+def _save_whole(model: torch.nn.Module, weights: dict[str, torch.Tensor], final: Path, dtype: str) -> None:
+    """Write a model's weights once, in their final type."""
+    cast: dict[int, torch.Tensor] = {}  # tied weights stay one tensor
+    kept = {
+        name: cast.setdefault(weight.data_ptr(), weight.to(getattr(torch, dtype)))
+        for name, weight in weights.items()
+        if weight.is_floating_point()
+    }
+    make_savable(model)
+    model.save_pretrained(final, state_dict={**weights, **kept})
+    config = read_json(final / "config.json")
+    # The weights' type; and the Trainer turned the cache off for training.
+    write_json(final / "config.json", {**config, "dtype": dtype, "use_cache": True})
+
+
 def _rename(final: Path, output: Path, folder: Path) -> None:
     rename_flushed(final, output)  # onto nothing or an empty folder
     shutil.rmtree(folder)
-
-
-def make_savable(model) -> None:
-    """Repairs a published generation config that is refused on saving (temperature set, sampling off)."""
-    try:
-        model.generation_config.validate(strict=True)
-    except ValueError:
-        model.generation_config.do_sample = True

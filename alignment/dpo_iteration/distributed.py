@@ -7,22 +7,27 @@ import contextlib
 import itertools
 import os
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from transformers import TrainingArguments
 
 from common.cli import UserError
 
+T = TypeVar("T")
+
 
 def say(line: str) -> None:
-    """Prints one line, once."""
+    """Print one line, once."""
     if PartialState().is_main_process:
         print(line, flush=True)
 
 
-def on_main(work: Callable, *arguments):
-    """`work(*arguments)`, done by the first process; all processes get its result, or its `UserError`."""
-    result = error = None
+def on_main(work: Callable[..., T], *arguments: object) -> T:
+    """Return `work(*arguments)`, done by the first process; all processes get its result, or its `UserError`."""
+    result, error = None, None
     if PartialState().is_main_process:
         try:
             result = work(*arguments)
@@ -35,7 +40,7 @@ def on_main(work: Callable, *arguments):
 
 
 def share(items: list, even: bool = False) -> list:
-    """This process's part of a list of things to do; `even`: as many as every other one has, with repetitions."""
+    """Return this process's part of a list; `even`: as much as every other one has, with repetitions."""
     state = PartialState()
     if even:
         items = list(itertools.islice(itertools.cycle(items), len(items) + -len(items) % state.num_processes))
@@ -43,17 +48,17 @@ def share(items: list, even: bool = False) -> list:
 
 
 def gather(items: list) -> list:
-    """The lists of all processes, joined."""
+    """Return the lists of all processes, joined."""
     return gather_object(items)
 
 
-def shards_models(training) -> bool:
-    """Whether the processes share the weights of each model, by ZeRO-3."""
+def shards_models(training: TrainingArguments) -> bool:
+    """Return whether the processes share the weights of each model, by ZeRO-3."""
     return training.deepspeed_plugin is not None and training.deepspeed_plugin.zero_stage == 3
 
 
-def sharded(model, dtype: str, training):
-    """A model that only scores, as an engine of DeepSpeed: ZeRO-3 gathers a layer's weights when it runs.
+def sharded(model: torch.nn.Module, dtype: str, training: TrainingArguments) -> torch.nn.Module:
+    """Return a model that only scores as an engine of DeepSpeed: ZeRO-3 gathers a layer's weights when it runs.
 
     All processes must run it equally often. `free` ends it.
     """
@@ -67,16 +72,16 @@ def sharded(model, dtype: str, training):
     return engine
 
 
-def free(engine) -> None:
-    """Ends an engine of `sharded`. The shards are emptied here: DeepSpeed keeps the module in a list for ever."""
+def free(engine: torch.nn.Module) -> None:
+    """End an engine of `sharded`. The shards are emptied here: DeepSpeed keeps the module in a list for ever."""
     engine.destroy()
     for parameter in engine.module.parameters():
         parameter.ds_tensor.data = parameter.ds_tensor.data.new_empty(0)
 
 
 @contextlib.contextmanager
-def whole_models(training) -> Iterator[None]:
-    """Inside, `from_pretrained` loads a whole model in each process, whatever ZeRO-3 or FSDP does to the policy."""
+def whole_models(training: TrainingArguments) -> Iterator[None]:
+    """Let `from_pretrained` load a whole model in each process, whatever ZeRO-3 or FSDP does to the policy."""
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     plugin = training.deepspeed_plugin

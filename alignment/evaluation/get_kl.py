@@ -92,7 +92,9 @@ def measure(args: argparse.Namespace) -> None:
     settings = settings_of(args)
     if is_done(args.output_file, "kl", settings):
         if prompts:
-            check_same_prompts(args.output_file, zip(prompts, read_json(args.output_file)["prompts"], strict=False))
+            check_same_prompts(
+                args.output_file, zip(prompts, read_json(args.output_file).get("prompts", []), strict=False)
+            )
         print(f"{args.output_file}: already done")
         return
     given = read_responses(args, tokenizer, room) if args.responses else None

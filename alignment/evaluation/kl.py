@@ -81,7 +81,7 @@ class LanguageModel:
     def states(
         self, ids: torch.Tensor, mask: torch.Tensor
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-        """(states [B, T, ...], the function that makes float32 logits of some of them)."""
+        """Return (states [B, T, ...], the function that makes float32 logits of some of them)."""
         if self.has_plain_head:
             hidden = self.body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
             return hidden, lambda chosen: self.head(chosen).float()

@@ -1,10 +1,10 @@
-"""Generation with transformers: policy and second model run in step, each with its KV cache.
+"""Generation with transformers: policy, second model and any others run in step, each with its KV cache.
 
 Slower than vLLM and simple enough to be read in a minute: the oracle in the tests, and the way where vLLM is absent.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -13,10 +13,11 @@ from generation.sampling import Request, Response, Sampling
 
 
 class HFGenerator:
-    """Samples responses with one or two transformers models.
+    """Samples responses with one, two or more transformers models.
 
     Args:
         policy, second: model folders or names; None for one that no request needs.
+        others: further models; a request has one weight per model: policy, second, others.
         dtype: float32 or bfloat16.
         max_num_seqs: how many responses are sampled at a time.
         trust_remote_code: run code that comes with the model.
@@ -29,22 +30,23 @@ class HFGenerator:
         dtype: str,
         max_num_seqs: int = 20,
         trust_remote_code: bool = False,
+        others: Sequence[str] = (),
     ) -> None:
         self.device = default_device()
         self.models = [
             name and load_causal_lm(name, what, dtype, trust_remote_code).to(self.device)
-            for name, what in ((policy, "policy"), (second, "second model"))
+            for name, what in ((policy, "policy"), (second, "second model"), *((name, "model") for name in others))
         ]
         self.batch_size = max_num_seqs
 
     def generate(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Response]:
-        """Yields the responses of one batch after the other."""
+        """Yield the responses of one batch after the other."""
         waiting = iter(requests)
         while batch := list(itertools.islice(waiting, self.batch_size)):
             yield from self._generate_batch(batch, sampling)
 
     def close(self) -> None:
-        """Gives the models' memory back."""
+        """Give the models' memory back."""
         self.models = None
         give_memory_back()
 
@@ -53,7 +55,7 @@ class HFGenerator:
         ids, mask = left_pad([request.prompt_ids for request in batch], self.device)
         weights = torch.tensor([request.weights for request in batch], device=self.device)
         generators = [torch.Generator(self.device).manual_seed(request.seed) for request in batch]
-        caches = [None, None]
+        caches = [None] * len(self.models)
         sampled: list[list[int]] = [[] for _ in batch]
         stopped = [False] * len(batch)
         stop = set(sampling.stop_token_ids)
@@ -74,7 +76,7 @@ class HFGenerator:
     def _mixed_logits(
         self, ids: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor, caches: list
     ) -> torch.Tensor:
-        """Weighted sum of the models' logits for the next token, float32 [batch, vocabulary]; updates `caches`."""
+        """Return the models' weighted logits of the next token, float32 [batch, vocabulary]; updates `caches`."""
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         total = 0
         for side, model in enumerate(self.models):
@@ -94,7 +96,7 @@ class HFGenerator:
 
 
 def left_pad(sequences: list[list[int]], device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, both [batch, longest]; the pad id is 0, which the mask hides."""
+    """Return token ids and attention mask, both [batch, longest]; the pad id is 0, which the mask hides."""
     longest = max(map(len, sequences))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in sequences], device=device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in sequences], device=device)
@@ -102,7 +104,7 @@ def left_pad(sequences: list[list[int]], device: str) -> tuple[torch.Tensor, tor
 
 
 def sample(logits: torch.Tensor, temperature: float, generators: list[torch.Generator]) -> torch.Tensor:
-    """One token a row from softmax(logits / temperature), each row with its own generator; argmax at temperature 0.
+    """Draw one token per row from softmax(logits / temperature), each with its own generator; argmax at 0.
 
     Dividing the probabilities by exponential noise and taking the largest is a draw from them (Gumbel-max).
     """

@@ -109,19 +109,21 @@ def check_models(args: argparse.Namespace, policy: str | None, second: str | Non
         them see the same prompts.
     """
     trust, models = args.trust_remote_code, {}
-    tokenizer = load_tokenizer(args.model_name_or_path, "policy", trust)
+
+    def load(name: str, what: str) -> tuple:
+        return load_config(name, what, trust), load_tokenizer(name, what, trust)
+
+    loaded = load(args.model_name_or_path, "policy")
     if policy is not None:
-        models[f"policy {policy}"] = load_config(policy, "policy", trust), tokenizer
+        models[f"policy {policy}"] = loaded
     if second is not None:
-        models[f"{second_is} {second}"] = (
-            load_config(second, second_is, trust),
-            load_tokenizer(second, second_is, trust),
-        )
-        check_same_vocabulary(tokenizer, models[f"{second_is} {second}"][1])
+        models[f"{second_is} {second}"] = load(second, second_is)
+    for _, tokenizer in models.values():
+        check_same_vocabulary(loaded[1], tokenizer)
     widths = sorted({config.get_text_config().vocab_size for config, _ in models.values()})
     if len(widths) > 1:
         raise UserError(f"policy and {second_is} give logits for {' and '.join(map(str, widths))} ids")
-    return tokenizer, longest_prompt(args, models)
+    return loaded[1], longest_prompt(args, models)
 
 
 def settings_of(

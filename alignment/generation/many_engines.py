@@ -25,7 +25,7 @@ class ManyEngines:
         self.engines = scale_out.start(args.num_engines, gpus)
 
     def generate(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Response]:
-        """Yields responses as calls finish, in no particular order."""
+        """Yield responses as calls finish, in no particular order."""
         requests = list(requests)
         size = max(1, min(self.largest, -(-len(requests) // self.engines.count)))
         work = [requests[i : i + size] for i in range(0, len(requests), size)]

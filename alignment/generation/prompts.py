@@ -27,6 +27,7 @@ TEMPLATES = {
     ),
     "chat": None,
 }
+OWN_VARIABLES = {"tokenizer", "messages", "where", "tokenize", "add_generation_prompt", "continue_final_message"}
 PROMPT_KEYS = ("prompt", "messages", "context_messages")
 
 
@@ -80,8 +81,10 @@ def template_of(args: argparse.Namespace) -> Template:
         variables = json.loads(args.chat_template_kwargs or "{}")
     except ValueError:
         variables = None
-    if not isinstance(variables, dict):
-        raise UserError(f"--chat_template_kwargs {args.chat_template_kwargs!r}: not a JSON object")
+    if not isinstance(variables, dict) or OWN_VARIABLES & set(variables):
+        raise UserError(
+            f"--chat_template_kwargs {args.chat_template_kwargs!r}: not a JSON object of the template's own variables"
+        )
     return Template(args.template, variables, args.continue_final_message)
 
 

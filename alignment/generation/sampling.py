@@ -12,6 +12,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from bandit.mixtures import POLICY, SECOND, WITHIN, Mixture, WeightPair, WeightPairs, get_mixture
+from common.adapters import whole_model
 from common.cli import Parser, UserError, fraction, positive_int
 from common.models import context_length, default_dtype, stored_dtype
 from generation.prompts import Prompt
@@ -23,13 +24,13 @@ class Request(NamedTuple):
     Attributes:
         key: names the request in the output; any string.
         prompt_ids: token ids of the prompt.
-        weights: (w_policy, w_second), see bandit/mixtures.py.
+        weights: (w_policy, w_second, and of any further models), see bandit/mixtures.py.
         seed: of this request's own random stream; its response does not depend on what else is in the batch.
     """
 
     key: str
     prompt_ids: list[int]
-    weights: tuple[float, float]
+    weights: tuple[float, ...]
     seed: int
 
 
@@ -278,7 +279,9 @@ def load_generator(args: argparse.Namespace, policy: str | None, second: str | N
         policy, second: model folders or names; None for one that no request needs.
         longest: prompt, in tokens.
     """
-    shared = {"dtype": args.dtype, "max_num_seqs": args.max_num_seqs, "trust_remote_code": args.trust_remote_code}
+    trust = args.trust_remote_code
+    policy, second = (name and whole_model(name, "model", trust) for name in (policy, second))
+    shared = {"dtype": args.dtype, "max_num_seqs": args.max_num_seqs, "trust_remote_code": trust}
     if args.backend == "hf":
         from generation.backend_hf import HFGenerator
 

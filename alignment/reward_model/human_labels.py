@@ -1,9 +1,11 @@
 """Preference pairs for the embedded default, from human harm ratings that the pip package `pyrit` carries.
 
 Reads:   pyrit/datasets/scorer_evals/{harm,objective}/*.csv of the installed package (its code is not imported).
-         Several answers to one prompt, each rated by people from 0 (harmless) to 1 (harmful).
-Writes:  DIR/reward_pairs.jsonl and DIR/judge_pairs.jsonl: two halves without a common prompt, for the reward model
-         that training sees and for the judge that it never sees. `chosen` is the less harmful answer.
+         Several answers to one prompt, each rated by people from 0 (harmless) to 1 (harmful); two tables of `harm` by
+         three people each, all others by one.
+Writes:  DIR/reward_pairs.jsonl, for the reward model that training sees: what the first raters say.
+         DIR/judge_pairs.jsonl, for the judge that it never sees: what the second and third raters say, on prompts
+         that the other file does not hold. `chosen` is the less harmful answer.
 
     python alignment/reward_model/human_labels.py --output_dir pairs --seed 0
 """
@@ -13,16 +15,18 @@ import itertools
 import random
 import sys
 from collections import defaultdict
+from collections.abc import Collection
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import Parser, UserError, natural, positive, positive_int, run
+from common.cli import Parser, UserError, fraction, natural, positive, positive_int, run
 from common.records import writing
 from reward_model.preference_data import split_by_prompt, write_pairs
 
 FOLDERS = ("harm", "objective")
+FIRST, OTHERS = ("human_score", "human_score_1"), ("human_score_2", "human_score_3")
 NAMES = ("reward_pairs.jsonl", "judge_pairs.jsonl")
 
 
@@ -32,20 +36,36 @@ def parser() -> Parser:
     flags.add("--output_dir", "folder for the two files", required=True)
     flags.add("--min_gap", "least difference of two ratings (0-1) that makes a pair", type=positive, default=0.25)
     flags.add("--max_pairs_per_prompt", "one prompt has 817 pairs, most have few", type=positive_int, default=40)
+    flags.add(
+        "--judge_fraction", "share of the prompts of several raters that is the judge's", type=fraction, default=0.65
+    )
     flags.add("--seed", "of the split and of the pairs that are kept", type=natural, default=0)
     return flags
 
 
 def main() -> None:
     args = parser().parse_args()
-    answers = rated_answers(labels_folder())
-    pairs = make_pairs(answers, args.min_gap, args.max_pairs_per_prompt, args.seed)
+    files = two_files(labels_folder(), args)
     folder = Path(args.output_dir)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    for name, half in zip(NAMES, split_by_prompt(pairs, 0.5, args.seed), strict=True):
-        write_pairs(folder / name, half)
-        print(f"{folder / name}: {len(half)} pairs of {len({p['prompt'] for p in half})} prompts")
+    for name, pairs in zip(NAMES, files, strict=True):
+        write_pairs(folder / name, pairs)
+        print(f"{folder / name}: {len(pairs)} pairs of {len({p['prompt'] for p in pairs})} prompts")
+
+
+def two_files(folder: Path, args) -> tuple[list[dict], list[dict]]:
+    """The first raters' pairs and the others', without a common prompt."""
+
+    def pairs(raters: tuple[str, ...], prompts: Collection[str] | None = None) -> list[dict]:
+        answers = rated_answers(folder, raters)
+        kept = {prompt: rated for prompt, rated in answers.items() if prompts is None or prompt in prompts}
+        return make_pairs(kept, args.min_gap, args.max_pairs_per_prompt, args.seed)
+
+    # Of the prompts that several people rated: one part for each file, so that the files are of about one size.
+    judged, _ = split_by_prompt(pairs(OTHERS), args.judge_fraction, args.seed)
+    taken = {pair["prompt"] for pair in judged}
+    return pairs(FIRST, rated_answers(folder, FIRST).keys() - taken), judged
 
 
 def labels_folder() -> Path:
@@ -56,8 +76,8 @@ def labels_folder() -> Path:
         raise UserError("the package pyrit, which holds the human labels, is not installed: bash setup.sh") from None
 
 
-def rated_answers(folder: Path) -> dict[str, dict[str, float]]:
-    """prompt → answer → mean human rating, from every table but the `mini_` extracts.
+def rated_answers(folder: Path, raters: tuple[str, ...] = FIRST + OTHERS) -> dict[str, dict[str, float]]:
+    """prompt → answer → mean rating by `raters` (columns), from every table but the `mini_` extracts.
 
     The two folders rate many of the same answers on scales of their own; an answer counts once, with the mean, so
     that no pair compares an answer with itself.
@@ -67,7 +87,9 @@ def rated_answers(folder: Path) -> dict[str, dict[str, float]]:
         if path.name.startswith("mini_"):
             continue
         for row in _rows(path):
-            scores = [float(value) for key, value in row.items() if key.startswith("human_score") and value]
+            scores = [float(row[rater]) for rater in raters if row.get(rater)]
+            if not scores:
+                continue
             # Some prompts differ between tables in their white space only.
             prompt = " ".join(row["objective"].split())
             ratings[prompt][row["assistant_response"].strip()].append(sum(scores) / len(scores))
@@ -85,7 +107,7 @@ def _rows(path: Path) -> list[dict]:
 
 
 def make_pairs(answers: dict[str, dict[str, float]], min_gap: float, most: int, seed: int) -> list[dict]:
-    """All pairs of answers to one prompt whose ratings differ by `min_gap`, at most `most` a prompt."""
+    """All pairs of answers to one prompt whose ratings differ by `min_gap`, at most `most` per prompt."""
     random_state = random.Random(seed)
     pairs = []
     for prompt, rated in answers.items():

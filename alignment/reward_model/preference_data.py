@@ -6,37 +6,31 @@ from collections import defaultdict
 from pathlib import Path
 
 from common.cli import UserError
-from common.records import check_writable, not_json, write_atomic
+from common.records import check_writable, write_atomic
+from common.sources import read_rows
 
 FIELDS = ("prompt", "chosen", "rejected")
 
 
-def read_pairs(path: str | Path) -> list[dict]:
-    """Pairs of a JSONL file, one {"prompt", "chosen", "rejected"} a line.
+def read_pairs(source: str | Path) -> list[dict]:
+    """Pairs {"prompt", "chosen", "rejected"} of a file, a folder or a hub's name, see common/sources.py.
+
+    Other columns are passed over.
 
     Raises:
-        UserError: naming the file and line that is wrong.
+        UserError: naming the file and the line or row that is wrong.
     """
-    try:
-        lines = Path(path).read_bytes().decode("utf-8").split("\n")  # not splitlines(): U+2028 is a character
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    pairs = [_pair(f"{path}: line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+    pairs = [_pair(where, row) for where, row in read_rows(str(source), "train")]
     if not pairs:
-        raise UserError(f"{path}: holds no pairs")
+        raise UserError(f"{source}: holds no pairs")
     return pairs
 
 
-def _pair(where: str, line: str) -> dict:
-    try:
-        pair = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: {not_json(error)}") from None
+def _pair(where: str, row: object) -> dict:
     for field in FIELDS:
-        if not isinstance(pair, dict) or not isinstance(pair.get(field), str):
+        if not isinstance(row, dict) or not isinstance(row.get(field), str):
             raise UserError(f"{where}: no text '{field}'")
+    pair = {field: row[field] for field in FIELDS}
     check_writable(where, pair)
     return pair
 

@@ -1,6 +1,7 @@
 """Trains a reward model from preference pairs (Bradley-Terry: P(chosen beats rejected) = sigmoid of the difference).
 
-Reads:   a JSONL file with one {"prompt", "chosen", "rejected"} a line; any encoder or decoder model.
+Reads:   preference pairs {"prompt", "chosen", "rejected"}: JSONL, JSON, CSV or Parquet, compressed or not, a folder
+         of such files or one saved by `datasets`, a hub's name; any encoder or decoder model.
 Writes:  DIR, a sequence classifier with one label, its tokenizer, and metrics.json: settings, inputs and pair
          accuracy on held-out prompts. DIR appears when everything is finished.
 
@@ -19,9 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import Parser, UserError, fraction, natural, positive, positive_int, run
 from common.journal import refuse_other_settings
-from common.models import default_device, load_config, load_reward_model, load_tokenizer
+from common.models import context_length, default_device, load_config, load_reward_model, load_tokenizer
 from common.provenance import data_inputs, model_inputs, provenance
-from common.records import read_json, rename_flushed, sha256, write_json, writing
+from common.records import read_json, rename_flushed, write_json, writing
+from common.sources import content_of
 from reward_model.preference_data import read_pairs, split_by_prompt
 
 PLAIN_TEMPLATE = (
@@ -33,7 +35,7 @@ def parser() -> Parser:
     """The command line."""
     flags = Parser(__doc__)
     flags.add("--model_name_or_path", "model to start from: folder or hub name", required=True)
-    flags.add("--train_file", "JSONL file of preference pairs", required=True)
+    flags.add("--train_file", "preference pairs: file, folder, or hub name (split train)", required=True)
     flags.add("--output_dir", "folder for the trained model", required=True)
     flags.add(
         "--max_length",
@@ -46,6 +48,7 @@ def parser() -> Parser:
         "train only the last N layers and the head; without it all",
         type=positive_int,
     )
+    flags.add("--num_hidden_layers", "keep only the first N layers of the model; without it all", type=positive_int)
     flags.add("--learning_rate", "peak of AdamW, falling to 0 linearly", type=positive, default=3e-4)
     flags.add("--batch_size", "pairs in one step on one device", type=positive_int, default=8)
     flags.add("--gradient_accumulation_steps", "steps joined in one update", type=positive_int, default=1)
@@ -64,18 +67,21 @@ def parser() -> Parser:
 def main() -> None:
     args = parser().parse_args()
     pairs = read_pairs(args.train_file)
-    settings = {k: v for k, v in vars(args).items() if k != "output_dir"} | {"train_sha256": sha256(args.train_file)}
+    settings = {k: v for k, v in vars(args).items() if k != "output_dir"}
+    settings |= {f"train_{k}": v for k, v in content_of(args.train_file, "train").items()}
     if is_done(args.output_dir, settings):
         return
-    held_out, training = split_by_prompt(pairs, args.eval_fraction, args.seed)
+    tokenizer = prepare_tokenizer(args)
+    different = different_pairs(args, tokenizer, pairs)
+    held_out, training = split_by_prompt(different, args.eval_fraction, args.seed)
     if not training:
         raise UserError(f"{args.train_file}: no pairs are left to train on; it needs more than one prompt")
     unfinished = Path(args.output_dir.rstrip("/") + ".tmp")
-    tokenizer = prepare_tokenizer(args)
     trainer = train(args, tokenizer, training, unfinished)
     if trainer.is_world_process_zero():
         save(trainer.model, tokenizer, unfinished)
-        metrics = {"train_pairs": len(training), **evaluate(unfinished, held_out), "settings": settings}
+        metrics = {"train_pairs": len(training), "dropped_pairs": len(pairs) - len(different)}
+        metrics |= {**evaluate(unfinished, held_out), "settings": settings}
         inputs = model_inputs({"base model": args.model_name_or_path}) + data_inputs([args.train_file])
         metrics["provenance"] = {"train": provenance(["accelerate"], inputs)}
         write_json(unfinished / "metrics.json", metrics)
@@ -99,9 +105,26 @@ def prepare_tokenizer(args):
     """The model's tokenizer, with what annotation needs to build the same inputs: chat template and length."""
     tokenizer = load_tokenizer(args.model_name_or_path, "model")
     tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
-    tokenizer.model_max_length = args.max_length
+    readable = context_length(load_config(args.model_name_or_path, "model"), tokenizer)
+    tokenizer.model_max_length = min(args.max_length, readable or args.max_length)
+    if tokenizer.model_max_length < args.max_length:
+        print(f"--max_length {args.max_length}: the model reads {tokenizer.model_max_length}; texts are cut there")
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def different_pairs(args, tokenizer, pairs: list[dict]) -> list[dict]:
+    """The pairs whose two texts differ in what the model reads. Raises `UserError` if there are none."""
+    from reward_model.bradley_terry import pair_tokens
+
+    tokens = pair_tokens(tokenizer, pairs)
+    found = [pair for pair, (chosen, rejected) in zip(pairs, tokens, strict=True) if chosen != rejected]
+    alike = f"of {len(pairs)} pairs are alike in the {tokenizer.model_max_length} tokens that are kept of a text"
+    if not found:
+        raise UserError(f"{args.train_file}: {len(pairs)} {alike} (--max_length)")
+    if len(found) < len(pairs):
+        print(f"{args.train_file}: {len(pairs) - len(found)} {alike}, and dropped")
+    return found
 
 
 def train(args, tokenizer, pairs: list[dict], folder: Path):
@@ -111,8 +134,13 @@ def train(args, tokenizer, pairs: list[dict], folder: Path):
     from reward_model.bradley_terry import BradleyTerryTrainer, freeze_all_but_last, pair_tokens
 
     set_seed(args.seed)  # the new head is drawn when the model is loaded
-    load_config(args.model_name_or_path, "model")
-    model = load_reward_model(args.model_name_or_path, "float32", needs_head=False, num_labels=1)
+    shape = {"num_labels": 1}
+    if args.num_hidden_layers:
+        total = load_config(args.model_name_or_path, "model").get_text_config().num_hidden_layers
+        if args.num_hidden_layers > total:
+            raise UserError(f"--num_hidden_layers {args.num_hidden_layers}: the model has {total} layers")
+        shape["num_hidden_layers"] = args.num_hidden_layers
+    model = load_reward_model(args.model_name_or_path, "float32", needs_head=False, **shape)
     if args.trainable_layers:
         freeze_all_but_last(model, args.trainable_layers)
     shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed
@@ -133,7 +161,7 @@ def train(args, tokenizer, pairs: list[dict], folder: Path):
         report_to="none",
         remove_unused_columns=False,
     )
-    trainer = BradleyTerryTrainer(model, arguments, train_dataset=pair_tokens(tokenizer, pairs))
+    trainer = BradleyTerryTrainer(model, arguments, pair_tokens(tokenizer, pairs))
     trainer.train()
     return trainer
 
@@ -141,7 +169,9 @@ def train(args, tokenizer, pairs: list[dict], folder: Path):
 def save(model, tokenizer, folder: Path) -> None:
     """Saves model and tokenizer in `folder`."""
     # pad_right changed it from batch to batch.
-    model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    config = model.config.get_text_config()
+    known = tokenizer.pad_token_id is not None and tokenizer.pad_token_id < config.vocab_size
+    model.config.pad_token_id = config.pad_token_id = tokenizer.pad_token_id if known else None
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
@@ -149,34 +179,40 @@ def save(model, tokenizer, folder: Path) -> None:
 
 
 def evaluate(folder: Path, pairs: list[dict]) -> dict:
-    """Held-out pair accuracy and loss of the saved model, scored exactly as annotation scores."""
+    """Accuracies and loss of the saved model on held-out pairs, scored exactly as annotation scores."""
     import torch
 
     from annotate_data.scorer import RewardScorer
-    from reward_model.bradley_terry import accuracy, bradley_terry_loss, pair_texts
+    from reward_model.bradley_terry import bradley_terry_losses, hits, length_matched_accuracy, pair_texts
 
+    names = ("eval_accuracy", "eval_accuracy_length_matched", "eval_loss", "shorter_is_chosen")
     if not pairs:
-        return {"eval_pairs": 0, "eval_accuracy": None, "eval_loss": None, "shorter_is_chosen": None}
+        return {"eval_pairs": 0, **dict.fromkeys(names)}
     scorer = RewardScorer(str(folder))
     texts = [text for pair in pairs for text in pair_texts(scorer.tokenizer, pair)]
     scores = torch.tensor(scorer.score(texts)).view(-1, 2)
-    lengths = torch.tensor([[len(p["chosen"]), len(p["rejected"])] for p in pairs], dtype=torch.float)
-    return {
-        "eval_pairs": len(pairs),
-        "eval_accuracy": accuracy(scores[:, 0], scores[:, 1]),
-        "eval_loss": bradley_terry_loss(scores[:, 0], scores[:, 1]).item(),
+    lengths = torch.tensor([[len(p["chosen"]), len(p["rejected"])] for p in pairs])
+    right, shorter = hits(*scores.T), hits(*-lengths.T)
+    figures = (
+        right.mean().item(),
+        length_matched_accuracy(right, shorter),
+        bradley_terry_losses(*scores.T).mean().item(),
         # What a rule that knows nothing but length would get.
-        "shorter_is_chosen": accuracy(-lengths[:, 0], -lengths[:, 1]),
-    }
+        shorter.mean().item(),
+    )
+    return {"eval_pairs": len(pairs), **dict(zip(names, figures, strict=True))}
 
 
 def report(metrics: dict) -> str:
     """One line on how good the model is."""
     if not metrics["eval_pairs"]:
         return f"{metrics['train_pairs']} training pairs, none held out"
+    matched = metrics.get("eval_accuracy_length_matched")
+    beside = "" if matched is None else f"{matched:.3f} with lengths matched; "
     return (
         f"pair accuracy {metrics['eval_accuracy']:.3f} on {metrics['eval_pairs']} pairs of held-out prompts "
-        f"(loss {metrics['eval_loss']:.3f}; choosing the shorter answer gets {metrics['shorter_is_chosen']:.3f})"
+        f"({beside}choosing the shorter answer gets {metrics['shorter_is_chosen']:.3f} and 0.5; "
+        f"loss {metrics['eval_loss']:.3f})"
     )
 
 

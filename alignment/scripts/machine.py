@@ -37,6 +37,12 @@ def gpus(needed: bool, dry_run: bool) -> int:
     return listed_gpus() or (8 if needed and dry_run else 0)
 
 
+def gpu_names(count: int) -> list[str]:
+    """Return what CUDA_VISIBLE_DEVICES calls the GPUs that a run uses."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[:count] if visible else [str(i) for i in range(count)]
+
+
 def gpu_memory() -> int | None:
     """Return the bytes of the smallest GPU's memory; None where nvidia-smi lists none."""
     sizes = _nvidia_smi("--query-gpu=memory.total", "--format=csv,noheader,nounits")

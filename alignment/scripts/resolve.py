@@ -21,7 +21,7 @@ sys.path[:0] = [str(PROJECT), str(ALIGNMENT)]
 
 from bandit.mixtures import get_mixture
 from common.cli import UserError, fail
-from scripts import machine
+from scripts import machine, memory
 from scripts.settings import GROUPS, KNOWN, Settings, is_name, show
 
 # What a recipe may hold besides settings: the name of a recipe that it starts from.
@@ -102,7 +102,7 @@ def resolve(words: list[str]) -> Settings:
 
 
 def check(s: Settings, driver: str) -> None:
-    """Raise `UserError` for settings that do not go together, or not with this machine."""
+    """Raise `UserError` for settings that do not go together, or not with this machine; settle the batches."""
     for name in ("BASE_MODEL", "PROMPTS") if s.REWARD_FUNCTION else ("BASE_MODEL", "PROMPTS", "REWARD_MODEL"):
         if not getattr(s, name):
             raise UserError(f"recipe {s.RECIPE} names no {name}; give {name}=...")
@@ -115,17 +115,19 @@ def check(s: Settings, driver: str) -> None:
         raise UserError(f"MACHINE_RANK {s.MACHINE_RANK}: with NUM_MACHINES {s.NUM_MACHINES} it is below that")
     if s.NUM_MACHINES > 1 and not driver.startswith("sample_train"):
         raise UserError(f"{driver} runs on one machine: NUM_MACHINES is {s.NUM_MACHINES}")
-    together = s.PER_DEVICE_BATCH * (s.GPUS * s.NUM_MACHINES or 1)
-    if s.GLOBAL_BATCH % together:
-        raise UserError(
-            f"GLOBAL_BATCH {s.GLOBAL_BATCH} is not a multiple of PER_DEVICE_BATCH {s.PER_DEVICE_BATCH} x "
-            f"{s.GPUS * s.NUM_MACHINES or 1} processes"
-        )
+    processes = s.GPUS * s.NUM_MACHINES or 1
+    if s.GLOBAL_BATCH % processes:
+        raise UserError(f"GLOBAL_BATCH {s.GLOBAL_BATCH} is not a multiple of the {processes} processes that train")
+    share = s.GLOBAL_BATCH // processes
+    s.PER_DEVICE_BATCH = max(size for size in range(1, s.PER_DEVICE_BATCH + 1) if share % size == 0)
     if s.NEEDS_GPU and s.GPUS == 0 and not s.DRY_RUN:
         raise UserError(
             f"recipe {s.RECIPE} needs GPUs and none was found. Without one: 'bash quickstart.sh' in the top folder, "
             "or RECIPE=quickstart here. DRY_RUN=1 prints what would run."
         )
+    size = machine.gpu_memory() if s.GPUS else None
+    fits = memory.check(s, driver, size) if size else None
+    s.MAX_NUM_SEQS = s.MAX_NUM_SEQS or fits or 64
     if not s.DRY_RUN:
         machine.check_environments(s.GPUS)
 

@@ -173,7 +173,7 @@ class Settings:
     MAX_NEW_TOKENS: int = setting(128, COUNT, "longest response", "tokens")
     BACKEND: str = setting("vllm", one_of("vllm", "hf"), "what samples")
     GENERATION_DTYPE: str = setting(None, DTYPE, "not set: bfloat16 on a GPU, else float32")
-    MAX_NUM_SEQS: int = setting(64, COUNT, "sampled at a time by one engine", "responses")
+    MAX_NUM_SEQS: int = setting(None, COUNT, "at a time, per engine; not set: what a GPU holds, else 64", "responses")
     TENSOR_PARALLEL_SIZE: int = setting(1, COUNT, "that share a model which does not fit on one", "GPUs")
     GPU_MEMORY_UTILIZATION: float = setting(0.9, SHARE, "of a GPU's memory for the engine", "share")
     NUM_ENGINES: str = setting(
@@ -210,7 +210,7 @@ class Settings:
     EPOCHS: float = setting(2, NUMBER, "passes over the data of an iteration")
     MAX_STEPS: int = setting(None, COUNT, "ends each training earlier", "steps")
     GLOBAL_BATCH: int = setting(16, COUNT, "per optimizer step, on all GPUs together", "pairs")
-    PER_DEVICE_BATCH: int = setting(1, COUNT, "per GPU and pass", "pairs")
+    PER_DEVICE_BATCH: int = setting(1, COUNT, "per GPU and pass, at most: a divisor of its share", "pairs")
     EVAL_FRACTION: float = setting(0, SHARE, "of the pairs that is held out", "share")
     BF16: str = setting(
         None,
@@ -230,7 +230,7 @@ class Settings:
     QLORA: bool = setting(False, FLAG, "hold the frozen weights in 4 bits (with USE_LORA, on a GPU)")
     OPTIMIZER: str = setting(None, TEXT, "a name of transformers; not set: AdamW")
     SAVE_STRATEGY: str = setting("steps", one_of("steps", "epoch", "no"), "when checkpoints are written")
-    SAVE_STEPS: int = setting(200, COUNT, "between two checkpoints", "steps")
+    SAVE_STEPS: int = setting(500, COUNT, "between two checkpoints; of a 7B model one has 94 GB", "steps")
     REPORT_TO: str = setting("none", TEXT, "wandb, tensorboard or none")
     DDP_TIMEOUT: int = setting(None, COUNT, "that processes wait for each other; not set: 1800", "seconds")
 

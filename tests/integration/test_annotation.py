@@ -10,7 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny import save_tiny_policy, save_tiny_reward_model, tiny_tokenizer
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from annotate_data import get_rewards
 from annotate_data.scorer import RewardScorer, pad_right
@@ -92,6 +98,71 @@ def test_pad_is_eos_and_the_text_ends_in_eos(tmp_path, pad):
     assert RewardScorer(str(folder)).score(texts) == pytest.approx(truth, abs=1e-5)
 
 
+def change_config(folder, **changes):
+    """Writes values into a saved model's config.json."""
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**content, **changes}))
+
+
+@pytest.mark.parametrize("pad", [-1, len(tiny_tokenizer()), 10**6])
+def test_a_pad_id_outside_of_the_vocabulary_counts_as_none(tmp_path, annotate, pad):
+    folder = save_tiny_reward_model(tmp_path / "rm", seed=4)
+    truth = alone(folder, TEXTS)
+    change_config(folder, pad_token_id=pad)
+    assert RewardScorer(str(folder)).score(TEXTS) == pytest.approx(truth, abs=1e-5)
+    data = data_file(tmp_path / "in.json", [(text, [""]) for text in TEXTS])
+    annotate(*flags(data, folder, tmp_path / "out.json"))
+    rewards = [i["rewards"][0] for i in json.loads((tmp_path / "out.json").read_text())["instances"]]
+    assert rewards == pytest.approx(truth, abs=1e-5)
+
+
+def test_several_end_ids_and_a_tokenizer_without_any(tmp_path):
+    folder = save_tiny_reward_model(tmp_path / "rm", seed=4)
+    truth = alone(folder, TEXTS)
+    change_config(folder, eos_token_id=[2, 5], pad_token_id=5)
+    content = json.loads((folder / "tokenizer_config.json").read_text())
+    content |= {"eos_token": None, "pad_token": None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(content))
+    scorer = RewardScorer(str(folder))
+    assert scorer.tokenizer.eos_token_id is None
+    assert scorer.score(TEXTS) == pytest.approx(truth, abs=1e-5)
+
+
+def test_a_token_that_the_model_does_not_have_is_named(tmp_path, annotate):
+    folder = save_tiny_reward_model(tmp_path / "rm", seed=4)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["[NEW]"])
+    tokenizer.save_pretrained(folder)
+    data = data_file(tmp_path / "in.json", [("a", ["b[NEW]"])])
+    failed = annotate(*flags(data, folder, tmp_path / "out.json"), check=False)
+    assert failed.returncode == 2 and failed.stderr.count("\n") == 1 and "[NEW]" in failed.stderr
+
+
+@pytest.mark.parametrize(("asked", "kept"), [(None, 33), (20, 20), (500, 33)])
+def test_positions_that_begin_behind_the_pad_id(tmp_path, annotate, asked, kept):
+    """RoBERTa: 34 positions, of which those behind pad id 0 are used; its tokenizer says 1000."""
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    config = RobertaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=34, pad_token_id=0, num_labels=1, initializer_range=0.3,
+    )  # fmt: skip
+    model = RobertaForSequenceClassification(config).eval()
+    folder = tmp_path / "rm"
+    model.save_pretrained(folder)
+    tokenizer.model_max_length = 1000
+    tokenizer.save_pretrained(folder)
+    texts = ["short", "abcdefghij" * 5, "exactly " * 4, "a" * 32]  # 6, 51, 33, 33 tokens with BOS
+    with torch.no_grad():
+        truth = [model(torch.tensor([tokenizer(t)["input_ids"][:kept]])).logits.item() for t in texts]
+    data = data_file(tmp_path / "in.json", [("", [text]) for text in texts])
+    more = [] if asked is None else ["--max_length", asked]
+    printed = annotate(*flags(data, folder, tmp_path / "out.json", *more)).stdout
+    rewards = [i["rewards"][0] for i in json.loads((tmp_path / "out.json").read_text())["instances"]]
+    assert rewards == pytest.approx(truth, abs=1e-5)
+    assert f"{1 if kept == 33 else 3} texts were cut to {kept} tokens" in printed
+
+
 def test_a_batch_that_uses_every_id_is_scored_text_by_text(tmp_path):
     folder = save_tiny_reward_model(tmp_path / "rm", seed=5)
     everything = "<pad><s></s><unk> abcdefghijklmnopqrstuvwxyz.,:?!"
@@ -143,13 +214,15 @@ def test_out_of_memory_halves_the_budget_and_goes_on(reward_model, monkeypatch, 
 
 def test_file_in_file_out(tmp_path, reward_model, annotate):
     rows = [("ask me. ", ["yes", "no, never!"]), ("b: ", ["c", "a much longer answer that goes on"])]
-    data = data_file(tmp_path / "in.json", rows, pairs=[0, 0], stop_reasons=["stop", "length"], extra="kept")
+    data = data_file(tmp_path / "in.json", rows, pairs=[0, 0], stop_reasons=["stop", "length"],
+                     response_ids=[[5, 6, 2], [9, 9]], extra={"kept": [None, "\u2028"]})  # fmt: skip
     output = tmp_path / "out.json"
     said = annotate(*flags(data, reward_model, output)).stdout
     result = json.loads(output.read_text())
     truth = [alone(reward_model, [p + r for r in responses]) for p, responses in rows]
     for instance, (prompt, responses), rewards in zip(result["instances"], rows, truth, strict=True):
-        assert (instance["prompt"], instance["responses"], instance["extra"]) == (prompt, responses, "kept")
+        assert (instance["prompt"], instance["responses"]) == (prompt, responses)
+        assert (instance["response_ids"], instance["extra"]) == ([[5, 6, 2], [9, 9]], {"kept": [None, "\u2028"]})
         assert instance["rewards"] == pytest.approx(rewards, abs=1e-4)
     assert f"mean reward {sum(map(sum, truth)) / 4:.4f}" in said
     assert f"best-of-K reward {sum(map(max, truth)) / 2:.4f}" in said

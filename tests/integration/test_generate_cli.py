@@ -229,6 +229,44 @@ def test_the_second_model_is_called_what_it_is(place, tmp_path):
     assert mixp["reference"] == str(place / "reference") and "previous" not in mixp
 
 
+def greedy(model, ids: list[int], length: int) -> list[int]:
+    """Ids of an uncached loop; EOS (2) is the last one."""
+    found = []
+    while len(found) < length and 2 not in found:
+        found.append(int(model(torch.tensor([ids + found])).logits[0, -1].argmax()))
+    return found
+
+
+def test_an_adapter_is_its_base_and_itself(place, tmp_path, monkeypatch):
+    """A LoRA adapter's folder as policy: both back ends answer as peft does."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    base = load_causal_lm(str(place / "policy"), "policy", "float32")
+    adapted = get_peft_model(base, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    torch.manual_seed(0)
+    for name, weights in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weights, std=0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(
+        json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": str(place / "policy")})
+    )
+    tokenizer, plain = tiny_tokenizer(), load_causal_lm(str(place / "policy"), "policy", "float32")
+    model = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        expected = [greedy(model, tokenizer(prompt)["input_ids"], 8) for prompt in PROMPTS]
+        with model.disable_adapter():
+            assert expected != [greedy(model, tokenizer(prompt)["input_ids"], 8) for prompt in PROMPTS]
+    for backend in ("hf", "vllm"):
+        more = ("--model_name_or_path", tmp_path / "adapter", "--temperature", 0)
+        output = tmp_path / f"{backend}.json"
+        result = generate(place, output, *more, backend=backend, sampler=("--sampler", "online"))
+        assert result.returncode == 0, result.stderr
+        assert [i["response_ids"][0] for i in read_records(output)[0]] == expected
+
+
 def test_help_explains_every_flag():
     result = python("generation/generate.py", "--help")
     assert result.returncode == 0

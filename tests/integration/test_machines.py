@@ -19,7 +19,7 @@ import pytest
 from commands import PROJECT, bash, settings
 from driver_runs import TRAIN, inputs, save_inputs
 from plans import flag, plan
-from test_training import losses
+from training_runs import losses
 
 from common.records import read_records
 
@@ -69,7 +69,7 @@ def steps(cluster: dict) -> list[tuple[dict, list[str]]]:
 
 def test_only_the_first_machine_makes_data_and_all_train():
     common = {"NUM_MACHINES": 2, "MASTER_ADDR": "head", "ITERS": 2, "RUN_DIR": "/run", "SAMPLERS": "gshf mixp"}
-    first, second = (plan(TRAIN, MACHINE_RANK=rank, PER_DEVICE_BATCH=1, **common) for rank in (0, 1))
+    first, second = (plan(TRAIN, MACHINE_RANK=rank, **common) for rank in (0, 1))
     made, waited = [], []
     for n, samplers in ((1, ["online"]), (2, ["gshf", "mixp"])):
         trainings = [f"train {n} {sampler}" for sampler in samplers]
@@ -89,7 +89,7 @@ def test_only_the_first_machine_makes_data_and_all_train():
 
 def test_slurm_plan(cluster):
     """What the job would run: Ray on each node, then each driver with its rank and everyone's addresses."""
-    done = bash("alignment/configs/slurm.sh", "DRY_RUN=1", "ITERS=1", "RUN_DIR=/run", "PER_DEVICE_BATCH=1", **cluster)
+    done = bash("alignment/configs/slurm.sh", "DRY_RUN=1", "ITERS=1", "RUN_DIR=/run", **cluster)
     assert done.returncode == 0, done.stderr
     ray = [shlex.split(line) for line in re.findall(r"^\[ray\] (.+)$", done.stdout, re.MULTILINE)]
     assert [words[words.index("start") :][:2] for words in ray] == [

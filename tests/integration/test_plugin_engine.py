@@ -8,6 +8,7 @@ from mixture_loop import WORDS, greedy, next_logits
 from tiny import save_tiny_policy, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from generation.backend_hf import HFGenerator
 from generation.sampling import Request, Sampling
 
 SHAPES = [
@@ -102,14 +103,23 @@ def test_three_models_of_all_kinds_in_one_batch(models, three):
     assert run(three, wanted) == expected(models, wanted)
 
 
-def test_a_row_of_the_table_with_three_models(models, three):
+@pytest.fixture(scope="module")
+def three_by_hf(models):
+    """The same three models with transformers."""
+    first, second, third = models
+    return HFGenerator(first, second, "float32", max_num_seqs=5, others=[third])
+
+
+@pytest.mark.parametrize("backend", ["three", "three_by_hf"])
+def test_a_row_of_the_table_with_three_models(models, backend, request):
     """History against policy and reference: the policy against 1.5 policy - 0.25 previous - 0.25 reference."""
     sides = [(1.0, 0.0, 0.0), (1.5, -0.25, -0.25)]
     tokenized = prompts(6, seed=3)
     wanted = [
         Request(f"{i}.{j}", ids, weights, 0) for i, ids in enumerate(tokenized) for j, weights in enumerate(sides)
     ]
-    found = {r.key: r.token_ids for r in three.generate(wanted, Sampling(0.0, 16, STOP))}
+    generator = request.getfixturevalue(backend)
+    found = {r.key: r.token_ids for r in generator.generate(wanted, Sampling(0.0, 16, STOP))}
     assert found == {r.key: greedy(models, r.prompt_ids, r.weights, 16, STOP) for r in wanted}
 
 
@@ -234,16 +244,30 @@ def test_an_engine_refuses_what_it_cannot_mix(models, tmp_path):
         assert wrong in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_fewer_models(models, count):
-    """One model through the plugin, and two of one folder. The last test: an engine that ends takes `three` along."""
+@pytest.fixture(scope="module")
+def wide(models, tmp_path_factory) -> str:
+    """The first model with eight ids more than its tokenizer has, and likely ones."""
+    model = AutoModelForCausalLM.from_pretrained(models[0])
+    size = model.config.vocab_size
+    model.resize_token_embeddings(size + 8)
+    with torch.no_grad():
+        model.lm_head.weight[size:] = 2 * model.lm_head.weight[size - 8 : size]
+    folder = tmp_path_factory.mktemp("wide")
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("names", [["1"], ["1", "1"], ["wide", "1"], ["1", "wide"]], ids="-".join)
+def test_one_model_one_folder_twice_and_unequal_widths(models, wide, names):
+    """The last test: an engine that ends takes `three` along."""
     from vllm_logit_mixture import engine_options
     from vllm_logit_mixture.environment import set_defaults
 
     set_defaults(on_gpu=False)
     from vllm import LLM
 
-    held = [models[1]] * count
+    held = [wide if name == "wide" else models[int(name)] for name in names]
     llm = LLM(
         **engine_options(held),
         dtype="float32",
@@ -253,6 +277,6 @@ def test_fewer_models(models, count):
         enable_chunked_prefill=False,
         load_format="safetensors",
     )
-    wanted = requests(count, 8, seed=count)
+    wanted = requests(len(held), 8, seed=len(held))
     assert run(type("Holder", (), {"llm": llm}), wanted) == expected(held, wanted)
     llm.llm_engine.engine_core.shutdown()

@@ -8,16 +8,21 @@ import random
 
 import pytest
 import torch
-from test_training import flags, losses, make_instances, models, train, weights, write_data
+from training_runs import flags, losses, make_instances, train, weights, write_data
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from dpo_iteration import run_dpo
-from dpo_iteration.dpo import preference_loss
-from dpo_iteration.prefixes import SHARED, find_prefixes
-from dpo_iteration.response_logps import SEQUENCES, as_scorer, disable_dropout, forms_agree, may_share
+from dpo_iteration.logps import (
+    SEQUENCES,
+    SHARED,
+    as_scorer,
+    disable_dropout,
+    find_prefixes,
+    forms_agree,
+    may_share,
+)
+from dpo_iteration.losses import preference_loss
 from dpo_iteration.rows import collate
-
-assert models  # a fixture, used below by its name
 
 SHAPE = {
     "vocab_size": 40,
@@ -111,16 +116,16 @@ def test_prefixes_are_those_of_a_plain_loop():
             prefix = tuple(ids[: t + 1].tolist())
             number = seen.setdefault(prefix, len(seen))
             assert prefixes.index[s, t] == number
-            assert number < len(seen) - 1 or prefixes.place[number] <= s * width + t
-    assert len(prefixes.place) == len(seen) < batch["attention_mask"].sum()
-    tokens = batch["input_ids"].flatten()[prefixes.place].tolist()
+            assert number < len(seen) - 1 or prefixes.first[number] <= s * width + t
+    assert len(prefixes.first) == len(seen) < batch["attention_mask"].sum()
+    tokens = batch["input_ids"].flatten()[prefixes.first].tolist()
     assert tokens == [prefix[-1] for prefix in seen]
 
 
 def test_sequences_with_nothing_in_common():
     ids = torch.tensor([[3, 4, 0], [5, 4, 6]])
     prefixes = find_prefixes(ids, torch.tensor([[1, 1, 0], [1, 1, 1]]))
-    assert prefixes.place.tolist() == [0, 1, 3, 4, 5] and prefixes.index[1].tolist() == [2, 3, 4]
+    assert prefixes.first.tolist() == [0, 1, 3, 4, 5] and prefixes.index[1].tolist() == [2, 3, 4]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -172,14 +177,14 @@ def test_other_kernels_are_padded(capsys):
 def test_what_nothing_tells_is_found_by_the_numbers(capsys):
     """A Llama whose embeddings look at the token before; Doge, whose layers take a mask for a tensor."""
     honest, batch = make_model("llama").eval(), sequences(make_rows()[:2])
-    assert forms_agree(honest, batch, bf16=False) and not honest.training
+    assert forms_agree(honest, batch) and not honest.training
     model = make_model("llama")
     model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output + output.roll(1, 1))
     assert may_share(model) and not capsys.readouterr().out
-    assert not forms_agree(model, batch, bf16=False)
+    assert not forms_agree(model, batch)
     assert "log-probabilities would be" in capsys.readouterr().out
     model = make_model("doge").train()
-    assert may_share(model) and not forms_agree(model, batch, bf16=False)
+    assert may_share(model) and not forms_agree(model, batch)
     assert "sequences are padded" in capsys.readouterr().out and model.training
     padded = model(**sequences(make_rows()), share=False)
     assert padded.tolist() == pytest.approx(one_at_a_time(model, make_rows()).tolist(), abs=2e-5)

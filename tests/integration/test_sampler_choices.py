@@ -5,21 +5,14 @@ import types
 
 import pytest
 from commands import python
-from test_training import BETA, flags, logp, losses, make_instances, write_data
-from tiny import save_tiny_policy, tiny_tokenizer
+from tiny import tiny_tokenizer
+from training_runs import BETA, flags, logp, losses, make_instances, write_data
 from transformers import AutoModelForCausalLM
 
 from common.records import read_json, read_records
-from dpo_iteration import run_dpo
-from dpo_iteration.implicit import add_implicit_rewards
+from dpo_iteration import data, reference, run_dpo
 from dpo_iteration.options import parse
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """(policy, reference), two unlike tiny Llamas."""
-    folder = tmp_path_factory.mktemp("models")
-    return save_tiny_policy(folder / "policy", seed=1), save_tiny_policy(folder / "reference", seed=2)
+from dpo_iteration.rows import Encoder
 
 
 def implicit_rewards(models, instance: dict) -> list[float]:
@@ -35,23 +28,23 @@ def implicit_rewards(models, instance: dict) -> list[float]:
 
 def test_implicit_rewards_are_those_of_plain_forward_passes(models, tmp_path):
     instances = make_instances(seed=3)  # three responses each: one stands in a row of its own
-    data = write_data(tmp_path / "d.json", instances)
-    options, training = parse(flags(models, data, tmp_path / "out"))
-    found = add_implicit_rewards(instances, tiny_tokenizer(), options, training, "float32", False)
-    for instance in found:
-        assert instance["implicit_rewards"] == pytest.approx(implicit_rewards(models, instance), abs=1e-4)
+    options, training = parse(flags(models, write_data(tmp_path / "d.json", instances), tmp_path / "out"))
+    encoder = Encoder(tiny_tokenizer(), options.max_prompt_length, options.max_length)
+    found = reference.implicit_rewards(instances, 3, encoder, tmp_path, options, training, ("float32", False))
+    for instance, values in zip(instances, found, strict=True):
+        assert values.tolist() == pytest.approx(implicit_rewards(models, instance), abs=1e-4)
 
 
 def test_training_takes_the_pair_that_the_sampler_asks_for(models, tmp_path, monkeypatch):
     instances = make_instances(seed=4, rows=6)
     seen = types.SimpleNamespace(pairs=None)
-    original = run_dpo.choose_all
+    original = data.choose_all
 
-    def watched(*arguments):
-        seen.pairs, dropped = original(*arguments)
-        return seen.pairs, dropped
+    def watched(*arguments, **options):
+        seen.pairs = list(original(*arguments, **options))
+        return iter(seen.pairs)
 
-    monkeypatch.setattr(run_dpo, "choose_all", watched)
+    monkeypatch.setattr(data, "choose_all", watched)
     content = {"instances": instances, "settings": {"generate": {"choose_type": "implicit_max_min"}}}
     (tmp_path / "d.json").write_text(json.dumps(content))
     run_dpo.main(flags(models, tmp_path / "d.json", tmp_path / "out"))

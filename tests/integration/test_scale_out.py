@@ -16,9 +16,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from commands import ALIGNMENT, python
+from commands import ALIGNMENT, ends_in_one_line, python
 from driver_runs import journal_rows, wait_until
-from test_faults import ends_in_one_line
 from test_generation import greedy
 from tiny import save_tiny_policy, save_tiny_reward_model, tiny_tokenizer
 from toy_engine import Devices, Squares

@@ -1,118 +1,32 @@
-"""`run_dpo.py` on tiny models, in this process: losses against plain forward passes and trl, files, errors.
-
-The oracle here knows nothing of batches, padding or chunks: one sequence at a time through `transformers`.
-"""
+"""`run_dpo.py` on tiny models, in this process: losses against plain forward passes and trl, files, errors."""
 
 import gc
 import json
 import math
-import random
-from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from tiny import save_tiny_policy, tiny_tokenizer
+from training_runs import (
+    BETA,
+    SCALE,
+    expected_loss,
+    flags,
+    logp,
+    losses,
+    make_instances,
+    train,
+    weights,
+    write_data,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from common.cli import UserError
 from dpo_iteration import reference, run_dpo
 from dpo_iteration.dpo import DPOTrainer
-from dpo_iteration.rows import build_rows, split_by_prompt
-
-BETA, SCALE = 0.1, 4.0
-
-
-def text(rng: random.Random, low: int, high: int) -> str:
-    return "".join(rng.choice("abcdefgh .") for _ in range(rng.randint(low, high)))
-
-
-def make_instances(seed: int = 0, rows: int = 4) -> list[dict]:
-    rng = random.Random(seed)
-    return [
-        {
-            "prompt": text(rng, 3, 20),
-            "responses": [text(rng, 2, 14) for _ in range(3)],
-            "rewards": [rng.gauss(0, 0.3) for _ in range(3)],
-            "stop_reasons": [rng.choice(["stop", "length"]) for _ in range(3)],
-        }
-        for _ in range(rows)
-    ]
-
-
-def write_data(path: Path, instances: list[dict]) -> Path:
-    path.write_text(json.dumps({"type": "text_only", "instances": instances}))
-    return path
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> tuple[Path, Path]:
-    """(policy, reference), two unlike tiny Llamas."""
-    folder = tmp_path_factory.mktemp("models")
-    return save_tiny_policy(folder / "policy", seed=1), save_tiny_policy(folder / "reference", seed=2)
-
-
-def flags(models, data: Path, output: Path, **more) -> list[str]:
-    """A command line; `more` overrides, and a value of None leaves a flag out."""
-    options = {
-        "model_name_or_path": models[0],
-        "ref_model": models[1],
-        "train_dir": data,
-        "output_dir": output,
-        "margin_scale": SCALE,
-        "beta": BETA,
-        "max_length": 64,
-        "max_prompt_length": 32,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-3,
-        "num_train_epochs": 1,
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    options.update(more)
-    return [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
-
-
-def train(*arguments, **more) -> list[float]:
-    """Runs the script's main and returns the logged losses."""
-    run_dpo.main(flags(*arguments, **more))
-    return losses(arguments[2])
-
-
-def losses(output: Path) -> list[float]:
-    state = json.loads((output / "trainer_state.json").read_text())
-    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
-
-
-def weights(output: Path) -> dict[str, torch.Tensor]:
-    return AutoModelForCausalLM.from_pretrained(output).state_dict()
-
-
-def logp(model, tokenizer, prompt: str, response: str, ended: bool) -> float:
-    """Sum of log pi(token | all before), one sequence, no padding."""
-    prompt_ids = tokenizer(prompt)["input_ids"]
-    response_ids = tokenizer(response, add_special_tokens=False)["input_ids"] + [2] * ended
-    with torch.no_grad():
-        logits = model(torch.tensor([prompt_ids + response_ids])).logits[0].double()
-    table = logits.log_softmax(-1)
-    return sum(table[len(prompt_ids) - 1 + i, token].item() for i, token in enumerate(response_ids))
-
-
-def expected_loss(models, instances: list[dict], scale: float = SCALE) -> float:
-    """Mean rev_kl over max_min pairs, from scratch."""
-    tokenizer = AutoTokenizer.from_pretrained(models[0])
-    policy, ref = (AutoModelForCausalLM.from_pretrained(m, dtype=torch.float32).eval() for m in models)
-    total = 0.0
-    for instance in instances:
-        rewards = instance["rewards"]
-        h = 0.0
-        for sign, i in ((1, rewards.index(max(rewards))), (-1, rewards.index(min(rewards)))):
-            ended = instance["stop_reasons"][i] == "stop"
-            sample = tokenizer, instance["prompt"], instance["responses"][i], ended
-            h += sign * (logp(policy, *sample) - logp(ref, *sample))
-        p = 1 / (1 + math.exp(-scale * (max(rewards) - min(rewards))))
-        q = 1 / (1 + math.exp(-BETA * h))
-        total -= p * math.log(q) + (1 - p) * math.log(1 - q)
-    return total / len(instances)
+from dpo_iteration.pairs import PreferencePair
+from dpo_iteration.rows import Encoder, build_rows, split_by_prompt
 
 
 def test_first_loss_is_that_of_plain_forward_passes(models, tmp_path):
@@ -143,7 +57,6 @@ def test_equal_models_start_from_log_two(models, tmp_path):
 
 def test_huge_margins_give_trls_sigmoid_loss(models, tmp_path):
     """The same texts through a real trl DPOTrainer: three logged losses, so gradients and updates agree too."""
-    from datasets import Dataset
     from trl import DPOConfig
     from trl import DPOTrainer as TrlTrainer
 
@@ -360,13 +273,13 @@ def test_published_generation_config_does_not_lose_the_model(models, tmp_path):
 
 def test_held_out_prompts(models, tmp_path):
     """No prompt is on both sides, the split follows the seed, and evaluation is logged."""
-    rows = [{"prompt": f"p{i % 10}", "row": i} for i in range(30)]
+    rows = Dataset.from_list([{"prompt": f"p{i % 10}", "row": i} for i in range(30)])
     kept, held = split_by_prompt(rows, 0.3, seed=1)
     assert len({row["prompt"] for row in held}) == 3 and len(kept) + len(held) == 30
     assert not {row["prompt"] for row in kept} & {row["prompt"] for row in held}
     assert [row["row"] for row in kept] == sorted(row["row"] for row in kept)
-    assert split_by_prompt(rows, 0.3, 1) == (kept, held) != split_by_prompt(rows, 0.3, 2)
-    assert split_by_prompt(rows, 0.0, 1) == (rows, [])
+    assert held["row"][:] == split_by_prompt(rows, 0.3, 1)[1]["row"][:] != split_by_prompt(rows, 0.3, 2)[1]["row"][:]
+    assert split_by_prompt(rows, 0.0, 1) == (rows, None)
 
     instances = make_instances(rows=5)
     train(models, write_data(tmp_path / "d.json", instances), tmp_path / "out", eval_fraction=0.2)
@@ -384,12 +297,9 @@ def test_held_out_prompts(models, tmp_path):
 
 
 def build(instance: dict, max_prompt_length: int = 32, max_length: int = 64):
-    from dpo_iteration.pairs import PreferencePair
-
-    rows, counts = build_rows(
-        tiny_tokenizer(), [(instance, PreferencePair(0, 1, 0.5))], SCALE, max_prompt_length, max_length
-    )
-    return rows[0] if rows else None, counts
+    encoder = Encoder(tiny_tokenizer(), max_prompt_length, max_length)
+    rows = list(build_rows(encoder, [(instance, PreferencePair(0, 1, 0.5))], SCALE))
+    return rows[0] if rows else None, encoder.counts
 
 
 def test_bos_once_and_eos_only_after_an_end():
@@ -430,7 +340,7 @@ def test_long_prompts_and_responses_are_cut():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"train_dir": "nowhere.json"}, "nowhere.json: no such file"),
+        ({"train_file": "nowhere.json"}, "nowhere.json: no such file"),
         ({"ref_model": "/nowhere/model"}, "--ref_model /nowhere/model: no such folder"),
         ({"beta": -1}, "--beta"),
         ({"beta": "nan"}, "--beta"),

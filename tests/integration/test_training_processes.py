@@ -11,15 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from test_training import flags, losses, make_instances, models, train, weights, write_data
 from tiny import save_tiny_policy
+from training_runs import flags, losses, make_instances, train, weights, write_data
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from generation.sampling import Request, Sampling
 
 ALIGNMENT = Path(__file__).resolve().parents[2] / "alignment"
 SCRIPT = ALIGNMENT / "dpo_iteration" / "run_dpo.py"
-assert models  # a fixture, used below by its name
 
 # Runs the script's main with a training step that does something else too.
 WRAPPER = """

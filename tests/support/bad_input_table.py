@@ -92,6 +92,7 @@ GENERATE = {
         ["answered.jsonl: line 2", "--continue_final_message"],
     ),
     "chat of a system turn": ("--dataset_name_or_path system.jsonl --template chat", ["system.jsonl: line 1"]),
+    "template variable that is taken": ("""--chat_template_kwargs '{"tokenize":1}'""", ["--chat_template_kwargs"]),
     "template variables not JSON": ("--chat_template_kwargs {x", ["--chat_template_kwargs '{x'"]),
     "too cold for vLLM": ("--temperature 0.001 --backend vllm", ["--temperature 0.001", "--backend hf"]),
     "too warm for vLLM": ("--temperature 3 --backend vllm", ["--temperature 3", "--backend hf"]),
@@ -263,8 +264,11 @@ TRAIN = {
 }
 
 REWARD = {
-    "pairs missing": ("--train_file none.jsonl", ["none.jsonl: No such file"]),
-    "pairs empty": ("--train_file empty.json", ["empty.json: holds no pairs"]),
+    "pairs missing": ("--train_file none.jsonl", ["none.jsonl: no such file"]),
+    "pairs empty": ("--train_file empty.json", ["empty.json: line 1: not JSON"]),
+    "no pairs": ("--train_file no_rows.json", ["no_rows.json: holds no pairs"]),
+    "torn table": ("--train_file torn.parquet", ["torn.parquet"]),
+    "texts alike": ("--train_file alike.jsonl", ["alike.jsonl: 2 of 2 pairs"]),
     "pairs not JSON": ("--train_file torn.jsonl", ["torn.jsonl: line 1: no text 'chosen'"]),
     "pairs not UTF-8": ("--train_file latin.jsonl", ["latin.jsonl: not UTF-8 text"]),
     "field of the wrong type": (

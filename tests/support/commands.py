@@ -35,3 +35,13 @@ def run(command: list[str], **environment: str) -> subprocess.CompletedProcess:
         text=True,
         timeout=1500,
     )
+
+
+def ends_in_one_line(result: subprocess.CompletedProcess, *parts: object) -> None:
+    """Exit code 2 and an error of one line that holds `parts`; before it only progress bars."""
+    assert result.returncode == 2, result.stdout + result.stderr
+    lines = [line for line in result.stderr.replace("\r", "\n").splitlines() if line.strip()]
+    errors = [line for line in lines if "it/s]" not in line and "response/s" not in line and "%|" not in line]
+    assert len(errors) == 1, result.stderr
+    for part in parts:
+        assert str(part) in errors[0]

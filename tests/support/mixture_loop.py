@@ -17,8 +17,10 @@ def load(name: str):
 
 @torch.no_grad()
 def next_logits(models: list[str], ids: list[int], weights, kind: str = "logits") -> torch.Tensor:
-    """Logits of the mixture for the token after `ids`: [vocabulary], float64."""
+    """Logits of the mixture for the token after `ids`: [ids that all models know], float64."""
     own = [load(name)(torch.tensor([ids])).logits[0, -1].double() for name in models]
+    narrowest = min(map(len, own))
+    own = [logits[:narrowest] for logits in own]
     if kind == "logits":
         return sum(w * logits for w, logits in zip(weights, own, strict=True))
     if kind == "log_probabilities":

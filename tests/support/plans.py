@@ -1,6 +1,7 @@
 """What a driver would run: the commands that DRY_RUN=1 prints, as words."""
 
 import functools
+import os
 import re
 import shlex
 
@@ -46,3 +47,15 @@ def refused(driver: str, environment: dict | None = None, **values) -> str:
     assert result.returncode == 2, result.stdout
     [line] = result.stderr.splitlines()
     return line
+
+
+def fake_nvidia_smi(folder, gpus: int, mebibytes: int = 81559) -> dict[str, str]:
+    """Return an environment in which nvidia-smi lists so many GPUs; with 0 it fails, as without a driver."""
+    tool = folder / "bin" / "nvidia-smi"
+    tool.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(f"    echo 'GPU {i}: NVIDIA H100 (UUID: GPU-{i})'\n" for i in range(gpus))
+    sizes = "".join(f"    echo {mebibytes}\n" for _ in range(gpus))
+    code = "" if gpus else "exit 9\n"
+    tool.write_text(f"#!/bin/sh\n{code}case $1 in\n--list-gpus)\n{lines}    ;;\n--query*)\n{sizes}    ;;\nesac\n")
+    tool.chmod(0o755)
+    return {"PATH": f"{tool.parent}{os.pathsep}{os.environ['PATH']}"}

@@ -35,15 +35,9 @@ def test_sections_that_were_not_measured_again_stay():
 
 
 def test_stages_of_a_kind_are_added_up(tmp_path):
-    lines = ("generate iter1\t3", "train iter1 online\t5", "generate iter2\t4", "train iter2 mix_1_1_1\t7")
-    more = ("evaluate: annotate with judge\t1", "evaluate: annotate with reward_model\t2", "KL\t6")
-    (tmp_path / "stage_seconds.tsv").write_text("\n".join((*lines, *more)) + "\n")
-    assert stage_seconds(tmp_path) == {
-        "generate": [3, 4],
-        "train": [5, 7],
-        "evaluate: annotate": [1, 2],
-        "KL": [6],
-    }
+    lines = ("generate 1 online\t3", "train 1 online\t5", "generate 2 online mix_1_1_1\t4", "train 2 mix_1_1_1\t7")
+    (tmp_path / "stage_seconds.tsv").write_text("\n".join((*lines, "judge\t1", "kl\t6")) + "\n")
+    assert stage_seconds(tmp_path) == {"generate": [3, 4], "train": [5, 7], "judge": [1], "kl": [6]}
 
 
 def test_a_growth_row_and_its_table():

@@ -1,12 +1,11 @@
 """The drivers: what they would run, and how they refuse. Nothing of torch is started."""
 
 import json
-import os
 import re
 
 import pytest
 from commands import bash, settings
-from plans import flag, in_turn, plan, refused, values
+from plans import fake_nvidia_smi, flag, in_turn, plan, refused, values
 
 SAMPLERS = ("offline", "online", "gshf", "mixp")
 ALL = " ".join(SAMPLERS)
@@ -119,7 +118,7 @@ def test_mixp_of_the_two_experiments():
 
 
 def test_evaluation_covers_every_model_on_test_and_train_prompts():
-    commands = plan("sample_eval_safe_rlhf.sh", RUN_DIR="/run", JUDGE_MODEL="judge/model")
+    commands = plan("sample_eval_safe_rlhf.sh", RUN_DIR="/run", JUDGE_MODEL="judge/model", GPUS=1)
     assert [stage for stage, _ in commands] == ["evaluate", "annotate_evaluation", "judge", "summarize"]
     generations = in_turn(dict(commands)["evaluate"])
     assert len(generations) == 2 + 2 * 4
@@ -141,7 +140,7 @@ def test_evaluation_covers_every_model_on_test_and_train_prompts():
 
 
 def test_kl_is_measured_on_200_held_out_prompts():
-    measured = in_turn(dict(plan("sample_kl.sh", RUN_DIR="/run"))["kl"])
+    measured = in_turn(dict(plan("sample_kl.sh", RUN_DIR="/run", GPUS=1))["kl"])
     assert len(measured) == 9
     for words in measured:
         assert flag(words, "--start") == "10000" and flag(words, "--end") == "10200"
@@ -170,12 +169,13 @@ def test_a_sampler_of_ones_own(tmp_path):
 
 
 def test_fewer_gpus_keep_the_global_batch_and_machines_are_counted():
-    train = dict(plan(TRAIN, GPUS=2, PER_DEVICE_BATCH=1))["train 1 online"]
-    assert flag(train, "--gradient_accumulation_steps") == "8"
+    train = dict(plan(TRAIN, GPUS=2))["train 1 online"]
+    assert (flag(train, "--per_device_train_batch_size"), flag(train, "--gradient_accumulation_steps")) == ("2", "4")
     assert flag(train, "--main_process_port") == "0"  # any that is free: runs may share a machine
-    machines = {"GPUS": 8, "NUM_MACHINES": 2, "MACHINE_RANK": 1, "MASTER_ADDR": "head", "PER_DEVICE_BATCH": 1}
+    machines = {"GPUS": 8, "NUM_MACHINES": 2, "MACHINE_RANK": 1, "MASTER_ADDR": "head"}
     train = dict(plan(TRAIN, **machines))["train 1 online"]
     assert flag(train, "--num_processes") == "16" and flag(train, "--gradient_accumulation_steps") == "1"
+    assert flag(train, "--per_device_train_batch_size") == "1"  # 16 pairs are not two for each of 16 processes
     assert flag(train, "--machine_rank") == "1" and flag(train, "--main_process_ip") == "head"
     assert flag(train, "--main_process_port") == "29500"
 
@@ -194,33 +194,45 @@ def test_fewer_gpus_keep_the_global_batch_and_machines_are_counted():
     ],
 )
 def test_every_gpu_has_an_engine_and_one_engine_needs_no_ray(given, ray, generation, annotation):
-    for driver, stages in {
-        TRAIN: ("generate 1 online", "annotate 1 online"),
-        "sample_eval_safe_rlhf.sh": ("evaluate", "annotate_evaluation"),
-    }.items():
-        commands = dict(plan(driver, environment=ray, **given))
-        for stage, count in zip(stages, (generation, annotation), strict=True):
-            assert values(commands[stage], "--num_engines")[:1] == ([count] if count else [])
-        sizes = {flag(line, "--tensor_parallel_size") for line in in_turn(commands[stages[0]])}
-        assert sizes == {str(given.get("TENSOR_PARALLEL_SIZE", 1))}
+    commands = dict(plan(TRAIN, environment=ray, ITERS=1, **given))
+    for stage, count in {"generate 1 online": generation, "annotate 1 online": annotation}.items():
+        assert values(commands[stage], "--num_engines") == ([count] if count else [])
+    size = str(given.get("TENSOR_PARALLEL_SIZE", 1))
+    assert flag(commands["generate 1 online"], "--tensor_parallel_size") == size
+    for stage, words in plan("sample_eval_safe_rlhf.sh", environment=ray, **given):
+        if (
+            stage == "evaluate"
+        ):  # Ray's engines share each model's prompts; without Ray each engine has its own models
+            by_ray = "RAY_ADDRESS" in ray or "NUM_ENGINES" in given
+            assert values(words, "--num_engines")[:1] == ([generation] if by_ray and generation else [])
 
 
-def fake_nvidia_smi(folder, gpus: int, mebibytes: int = 81559) -> dict[str, str]:
-    """Return an environment in which nvidia-smi lists so many GPUs; with 0 it fails, as without a driver."""
-    tool = folder / "bin" / "nvidia-smi"
-    tool.parent.mkdir(exist_ok=True)
-    lines = "".join(f"    echo 'GPU {i}: NVIDIA H100 (UUID: GPU-{i})'\n" for i in range(gpus))
-    sizes = "".join(f"    echo {mebibytes}\n" for _ in range(gpus))
-    code = "" if gpus else "exit 9\n"
-    tool.write_text(f"#!/bin/sh\n{code}case $1 in\n--list-gpus)\n{lines}    ;;\n--query*)\n{sizes}    ;;\nesac\n")
-    tool.chmod(0o755)
-    return {"PATH": f"{tool.parent}{os.pathsep}{os.environ['PATH']}"}
+@pytest.mark.parametrize(
+    ("given", "visible", "shares"),
+    [
+        ({"GPUS": 1}, None, [None]),
+        ({"GPUS": 4}, None, ["0", "1", "2", "3"]),
+        ({"GPUS": 4, "TENSOR_PARALLEL_SIZE": 2}, "7,5,3,1", ["7,5", "3,1"]),
+        ({"GPUS": 8, "ITERS": 1}, None, ["0", "1"]),  # no more engines than models
+    ],
+)
+def test_evaluation_and_kl_give_every_gpu_models_of_its_own(given, visible, shares):
+    environment = {"CUDA_VISIBLE_DEVICES": visible} if visible else {}
+    for driver, stage in (("sample_eval_safe_rlhf.sh", "evaluate"), ("sample_kl.sh", "kl")):
+        whole = dict(plan(driver, RUN_DIR="/run", **{**given, "GPUS": 1, "TENSOR_PARALLEL_SIZE": 1}))[stage]
+        parts = [words for name, words in plan(driver, environment, RUN_DIR="/run", **given) if name == stage]
+        expected = shares[: len(in_turn(whole))] if len(in_turn(whole)) > 1 else [None]
+        found = [words[1].split("=")[1] if words[0] == "env" else None for words in parts]
+        assert found == expected
+        models = [flag(line, "--model_name_or_path") for words in parts for line in in_turn(words)]
+        assert sorted(models) == sorted(flag(line, "--model_name_or_path") for line in in_turn(whole))
 
 
 @pytest.mark.parametrize(("gpus", "visible", "used"), [(1, None, 1), (2, None, 2), (8, None, 8), (8, "0,3", 2)])
 def test_gpus_are_those_that_nvidia_smi_lists(gpus, visible, used, tmp_path):
     environment = fake_nvidia_smi(tmp_path, gpus) | ({"CUDA_VISIBLE_DEVICES": visible} if visible else {})
-    train = dict(plan(TRAIN, environment, RECIPE="iterative_prompt", ITERS=1))["train 1 online"]
+    given = {"RECIPE": "iterative_prompt", "ITERS": 1, "ACCELERATE_CONFIG": "zero3_offload"}
+    train = dict(plan(TRAIN, environment, **given))["train 1 online"]
     assert flag(train, "--num_processes") == str(used)
 
 

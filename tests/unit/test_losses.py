@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from dpo_iteration import response_logps
-from dpo_iteration.dpo import LOSSES, preference_loss
-from dpo_iteration.response_logps import token_logps
+from dpo_iteration import logps
+from dpo_iteration.logps import token_logps
+from dpo_iteration.losses import LOSSES, looks_at_margin, preference_loss, takes_hard_labels
 
 BETA = 0.1
 MODERATE = [-30.0, -3.0, -0.5, 0.0, 0.2, 4.0, 25.0]  # of h; margins are a third of it
@@ -17,21 +17,19 @@ def sig(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
-def scalar_loss(name: str, h: float, m: float, beta: float, chosen: float, rejected: float) -> float:
-    """The textbook formula of each loss, in Python's own floats."""
-    q, p, not_q, not_p = sig(beta * h), sig(m), sig(-beta * h), sig(-m)
-    return {
-        "sigmoid": lambda: -math.log(q),
-        "hinge": lambda: max(0.0, 1 - beta * h),
-        "ipo": lambda: (h - 1 / (2 * beta)) ** 2,
-        "kl": lambda: q * math.log(q / p) + not_q * math.log(not_q / not_p),
-        "rev_kl": lambda: -p * math.log(q) - not_p * math.log(not_q),
-        "tv": lambda: abs(q - p),
-        # one less the Bhattacharyya coefficient: the same distance, another formula
-        "hellinger": lambda: 1 - math.sqrt(q * p) - math.sqrt(not_q * not_p),
-        "cross_entropy": lambda: rejected - chosen,
-        "raft": lambda: -chosen,
-    }[name]()
+# The textbook formulas of the published losses, in Python's own floats. A new loss may bring one; it need not.
+PUBLISHED = {
+    "sigmoid": lambda p, not_p, q, not_q, h, beta, chosen, rejected: -math.log(q),
+    "hinge": lambda p, not_p, q, not_q, h, beta, chosen, rejected: max(0.0, 1 - beta * h),
+    "ipo": lambda p, not_p, q, not_q, h, beta, chosen, rejected: (h - 1 / (2 * beta)) ** 2,
+    "kl": lambda p, not_p, q, not_q, *_: q * math.log(q / p) + not_q * math.log(not_q / not_p),
+    "rev_kl": lambda p, not_p, q, not_q, *_: -p * math.log(q) - not_p * math.log(not_q),
+    "tv": lambda p, not_p, q, not_q, *_: abs(q - p),
+    # one less the Bhattacharyya coefficient: the same distance, another formula
+    "hellinger": lambda p, not_p, q, not_q, *_: 1 - math.sqrt(q * p) - math.sqrt(not_q * not_p),
+    "cross_entropy": lambda p, not_p, q, not_q, h, beta, chosen, rejected: rejected - chosen,
+    "raft": lambda p, not_p, q, not_q, h, beta, chosen, rejected: -chosen,
+}
 
 
 def grid() -> tuple[torch.Tensor, ...]:
@@ -42,29 +40,18 @@ def grid() -> tuple[torch.Tensor, ...]:
     return h, m, -h.abs() - 5, -h.abs() - 5 - h
 
 
-def test_table_holds_the_nine_losses():
-    assert list(LOSSES) == [
-        "sigmoid",
-        "hinge",
-        "ipo",
-        "kl",
-        "rev_kl",
-        "tv",
-        "hellinger",
-        "cross_entropy",
-        "raft",
-    ]
-    assert all(function.__doc__ for function in LOSSES.values())
+def test_every_loss_is_called_by_its_name_and_says_what_it_is():
+    assert all(name == function.__name__ and function.__doc__ for name, function in LOSSES.items())
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", PUBLISHED)
 @pytest.mark.parametrize("beta", [BETA, 1.0])
 def test_equals_closed_form(name, beta):
     h, m, chosen, rejected = grid()
     got = LOSSES[name](h, m, beta, chosen, rejected)
+    rows = zip(h.tolist(), m.tolist(), chosen.tolist(), rejected.tolist(), strict=True)
     wanted = [
-        scalar_loss(name, *row[:2], beta, *row[2:])
-        for row in zip(h.tolist(), m.tolist(), chosen.tolist(), rejected.tolist(), strict=True)
+        PUBLISHED[name](sig(m), sig(-m), sig(beta * h), sig(-beta * h), h, beta, *logps) for h, m, *logps in rows
     ]
     assert got.shape == h.shape
     assert got.tolist() == pytest.approx(wanted, rel=1e-9, abs=1e-12)
@@ -131,7 +118,7 @@ def test_token_logps_in_chunks(monkeypatch, dtype):
     whole = torch.log_softmax(logits.float(), -1)[torch.arange(23), labels]
     (whole * weights).sum().backward()
     wanted, logits.grad = logits.grad, None
-    monkeypatch.setattr(response_logps, "CHUNK_BYTES", 4 * 11 * 5)  # five rows at a time
+    monkeypatch.setattr(logps, "CHUNK_BYTES", 4 * 11 * 5)  # five rows at a time
     chunked = token_logps(logits, labels)
     (chunked * weights).sum().backward()
     assert chunked.dtype == torch.float32
@@ -146,3 +133,23 @@ def test_rewards_are_logged_as_beta_log_ratios():
     assert metrics["rewards/rejected"].tolist() == [-2.0, -1.5]
     assert metrics["rewards/margins"].tolist() == [1.5, -0.5]
     assert metrics["rewards/accuracies"].tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_hard_labels_are_the_limit_of_large_margins(name):
+    """Where a loss takes a margin of +inf it is the limit of growing margins; where not, there is no limit."""
+    h, _, chosen, rejected = grid()
+    limits = [LOSSES[name](h, torch.full_like(h, m), BETA, chosen, rejected) for m in (80.0, 160.0)]
+    if takes_hard_labels(name):
+        hard = LOSSES[name](h, torch.full_like(h, math.inf), BETA, chosen, rejected)
+        assert torch.allclose(limits[1], hard, atol=1e-9)
+    else:
+        assert (limits[1] > limits[0] + 1e-3).any()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_which_losses_look_at_the_margin(name):
+    """By two margins on a grid, and by the gradient: the margin enters or it does not."""
+    h, m, chosen, rejected = grid()
+    same = torch.equal(LOSSES[name](h, m, BETA, chosen, rejected), LOSSES[name](h, m + 1, BETA, chosen, rejected))
+    assert looks_at_margin(name) is not same

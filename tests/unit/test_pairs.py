@@ -1,13 +1,22 @@
 """The choice of pairs, by enumeration of all reward patterns."""
 
 import itertools
+import math
 import random
 from collections import Counter
 
 import pytest
 
 from common.cli import UserError
-from dpo_iteration.pairs import CHOOSE_TYPES, choose, choose_all
+from dpo_iteration.pairs import (
+    CHOOSE_TYPES,
+    PreferencePair,
+    choose,
+    choose_all,
+    label_margin,
+    noisy_margin,
+    win_probability,
+)
 
 # Every pattern of ties and orders of four responses occurs among these 256.
 PATTERNS = list(itertools.product(range(4), repeat=4))
@@ -22,9 +31,20 @@ def pick(choose_type, rewards, seed=0, pairs=None, penalty=0.0, **more):
     return choose(instance(rewards, pairs, **more), choose_type, random.Random(seed), penalty)
 
 
-def test_table():
-    wanted = {"random", "max_random", "max_min", "max_max", "max_min_p", "implicit_max_min", "mixed_max_min"}
-    assert set(CHOOSE_TYPES) == wanted
+def kept_and_dropped(*arguments, **options):
+    dropped = Counter()
+    return list(choose_all(*arguments, dropped=dropped, **options)), dropped
+
+
+@pytest.mark.parametrize("choose_type", CHOOSE_TYPES)
+def test_every_choice_is_of_two_responses_by_the_seed_alone(choose_type):
+    """What a new row of the table must do: two different indices or none, nothing but the generator decides."""
+    for rewards, seed in itertools.product(PATTERNS, range(2)):
+        scores, components = list(map(float, rewards)), [0, 1, 1, 0]
+        found, again = (CHOOSE_TYPES[choose_type](scores, components, random.Random(seed)) for _ in range(2))
+        assert found == again and (found is None or all(0 <= i < 4 for i in found))
+        if found is not None and len(set(rewards)) == 4:
+            assert found[0] != found[1]
 
 
 @pytest.mark.parametrize("choose_type", CHOOSE_TYPES)
@@ -84,10 +104,10 @@ def test_random_types_reach_every_pair():
 
 def test_seed_decides():
     rows = [instance([0, 1, 2, 3]) for _ in range(20)]
-    first, again, other = (choose_all(rows, "f", "random", seed)[0] for seed in (1, 1, 2))
+    first, again, other = (list(choose_all(rows, "f", "random", seed)) for seed in (1, 1, 2))
     assert [p for _, p in first] == [p for _, p in again] != [p for _, p in other]
     # A row's pair does not depend on how many rows stand before the end of the file.
-    assert [p for _, p in choose_all(rows[:7], "f", "random", 1)[0]] == [p for _, p in first[:7]]
+    assert [p for _, p in choose_all(rows[:7], "f", "random", 1)] == [p for _, p in first[:7]]
 
 
 def test_length_penalty_counts_tokens_and_enters_the_margin():
@@ -135,11 +155,71 @@ def test_mixed_max_min_without_two_of_a_kind():
 
 def test_file_keeps_order_and_counts_what_it_drops():
     rows = [instance([0, 1]), instance([1, 1]), instance([1, 0]), instance([2, 1], responses=["a", "a"])]
-    kept, dropped = choose_all(rows, "f", "max_min", 0)
+    kept, dropped = kept_and_dropped(rows, "f", "max_min", 0)
     assert [(row is rows[0] or row is rows[2], pair.chosen) for row, pair in kept] == [(True, 1), (True, 0)]
     assert dropped == {"equal rewards": 1, "identical responses": 1}
 
 
 def test_one_response_is_an_error_that_names_the_row():
     with pytest.raises(UserError, match=r"data\.json: row 1: one response"):
-        choose_all([instance([0, 1]), instance([1])], "data.json", "max_min", 0)
+        list(choose_all([instance([0, 1]), instance([1])], "data.json", "max_min", 0))
+
+
+def test_responses_are_told_apart_by_their_ids():
+    """Equal texts of unequal ids make a pair; equal ids do not, whatever their texts are."""
+    pair, _ = pick("max_min", [1.0, 0.0], responses=["same", "same"], response_ids=[[5], [5, 2]])
+    assert pair[:2] == (0, 1)
+    pair, why = pick("max_min", [1.0, 0.0], responses=["one", "other"], response_ids=[[5], [5]])
+    assert (pair, why) == (None, "identical responses")
+
+
+# --- Labels: the bandit's law, from its own definition ------------------------------------------------------------
+
+MARGINS = [-700.0, -3.0, -0.1, 0.0, 0.5, 2.0, 40.0, 700.0]
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1, 0.5])
+def test_win_probability_is_the_bandits(noise):
+    from bandit.problem import make_bandit
+
+    for margin in MARGINS:
+        of_bandit = make_bandit([margin, 0.0], 1.0, label_noise=noise).win_margins[0, 0, 1]
+        assert 2 * win_probability(margin, noise) - 1 == pytest.approx(of_bandit, abs=1e-12)
+        assert win_probability(margin, noise) + win_probability(-margin, noise) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.2])
+def test_noise_mixed_into_a_margin(noise):
+    """The loss sees sigmoid(noisy margin): the mixture of the label and its opposite. Without noise: the margin."""
+    for margin in MARGINS:
+        mixed = noisy_margin(margin, noise)
+        if noise == 0:
+            assert mixed == margin
+        else:
+            assert 1 / (1 + math.exp(-mixed)) == pytest.approx(win_probability(margin, noise), rel=1e-9)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.25])
+def test_sampled_labels_follow_bradley_terry(noise):
+    """Of 4,000 equal prompts the share that the better response wins; the seed decides."""
+    rows = [instance([1.0, 0.25])] * 4000
+    options = {"margin_scale": 2.0, "label_noise": noise}
+    first, again, other = (
+        [pair for _, pair in choose_all(rows, "f", "max_min", 7, label_seed=seed, **options)] for seed in (1, 1, 2)
+    )
+    assert first == again != other
+    assert all(pair.drawn and label_margin(pair, 2.0, noise) == math.inf for pair in first)
+    assert {pair[:3] for pair in first} == {(0, 1, 0.75), (1, 0, -0.75)}
+    share = sum(pair.chosen == 0 for pair in first) / 4000
+    assert share == pytest.approx((1 - 2 * noise) / (1 + math.exp(-1.5)) + noise, abs=0.025)
+
+
+def test_a_tie_is_a_fair_coin_where_labels_are_drawn():
+    rows = [instance([1.0, 1.0])] * 1000
+    drawn = [pair for _, pair in choose_all(rows, "f", "max_min", 0, label_seed=0)]
+    assert len(drawn) == 1000 and 420 < sum(pair.chosen == 0 for pair in drawn) < 580
+    assert not list(choose_all(rows, "f", "max_min", 0))
+
+
+def test_margins_of_the_reward():
+    assert label_margin(PreferencePair(0, 1, 0.5), 4.0, 0.0) == 2.0

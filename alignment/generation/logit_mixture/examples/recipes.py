@@ -115,22 +115,17 @@ def ask(address: str, model: str, xargs: dict) -> str:
 
 # Models in the order base, brief, wordy, cheerful.
 RECIPES = [
-    ("The first model alone", {}),
+    ("the first model alone", {}),
     ("`brief` alone", {"mixture": [0, 1, 0, 0]}),
+    ("`wordy` alone", {"mixture": [0, 0, 1, 0]}),
     ("`cheerful` alone", {"mixture": [0, 0, 0, 1]}),
-    (
-        "Contrastive decoding: (1 + a) expert - a amateur, a = 0.5, `cheerful` and `wordy`",
-        {"mixture": [0, 0, -0.5, 1.5]},
-    ),
-    ("Proxy tuning: a model + (tuned - untuned), here `wordy` + (`cheerful` - base)", {"mixture": [-1, 0, 1, 1]}),
-    ("DExperts: base + 0.5 (expert - anti-expert), `brief` and `wordy`", {"mixture": [1, 0.5, -0.5, 0]}),
-    ("Multi-objective: half `brief`, half `cheerful`", {"mixture": [0, 0.5, 0, 0.5]}),
-    ("The paper's mixture away from the reference", {"mixture": [-0.5, 0, 0, 1.5]}),
-    ("The paper's mixture towards the reference", {"mixture": [0.5, 0, 0, 0.5]}),
-    (
-        "A mixture of distributions, as memory decoders use",
-        {"mixture": [0.3, 0, 0, 0.7], "mixture_of": "probabilities"},
-    ),
+    ("contrastive decoding [1]: 1.5 expert - 0.5 amateur", {"mixture": [0, 0, -0.5, 1.5]}),
+    ("proxy tuning [2]: `wordy` + (tuned `cheerful` - untuned base)", {"mixture": [-1, 0, 1, 1]}),
+    ("DExperts [3]: base + 0.5 (expert `brief` - anti-expert `wordy`)", {"mixture": [1, 0.5, -0.5, 0]}),
+    ("several objectives [4]: half `brief`, half `cheerful`", {"mixture": [0, 0.5, 0, 0.5]}),
+    ("the paper's mixture [5], away from the reference", {"mixture": [-0.5, 0, 0, 1.5]}),
+    ("the paper's mixture [5], towards the reference", {"mixture": [0.5, 0, 0, 0.5]}),
+    ("a memory decoder's sum [6]", {"mixture": [0.3, 0, 0, 0.7], "mixture_of": "probabilities"}),
 ]
 
 

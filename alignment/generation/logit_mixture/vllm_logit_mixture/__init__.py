@@ -43,7 +43,7 @@ def _end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def engine_options(models: list[str], trust_remote_code: bool = False, *_) -> dict:
+def engine_options(models: list[str], trust_remote_code: bool = False) -> dict:
     """Return the keyword arguments for `vllm.LLM` that make it an engine of these models.
 
     Args:
@@ -59,8 +59,6 @@ def engine_options(models: list[str], trust_remote_code: bool = False, *_) -> di
     """
     from vllm_logit_mixture.check import check_models
 
-    if isinstance(models, str):  # TODO(transition): the call of before, until every branch has merged
-        models, trust_remote_code = [models, trust_remote_code], False
     configs = check_models(models, trust_remote_code)
     return {
         "model": models[0],

@@ -10,6 +10,7 @@ REFUSED = {
     "speculative_config": (None, "speculative decoding drafts for one model"),
     "enable_lora": (False, "an adapter would belong to one of the models: merge it into that one"),
     "quantization": (None, "its method would be that of one model"),
+    "kv_transfer_config": (None, "a block would not say which models have written it"),
     "enable_prompt_embeds": (False, "embeddings belong to one of the models"),
 }
 

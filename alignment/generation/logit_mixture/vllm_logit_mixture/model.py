@@ -141,6 +141,7 @@ def _check(vllm_config: VllmConfig) -> None:
             "speculative_config": vllm_config.speculative_config,
             "enable_lora": vllm_config.lora_config is not None,
             "quantization": model.quantization,
+            "kv_transfer_config": vllm_config.kv_transfer_config,
             "enable_prompt_embeds": model.enable_prompt_embeds,
         }
     )

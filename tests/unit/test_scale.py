@@ -21,6 +21,7 @@ from transformers import (
 
 from benchmarks import cost, scale, stage_cost
 from benchmarks.cost import REWARD_MODEL, SHAPES, Hardware, Shape, Workload
+from scripts import memory
 
 SCRIPT = PROJECT / "benchmarks" / "scale.py"
 PLAIN = Hardware(memory_share=1, bandwidth_share=1, flops_share=1, link_share=1, latency=0, overhead=0)
@@ -75,7 +76,7 @@ def test_shape_and_file_of_a_saved_model(options, tmp_path):
     assert shape.parameters == count(AutoModelForCausalLM.from_pretrained(folder))
     with safe_open(folder / "model.safetensors", "pt") as file:
         tensors = [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118 (not a dict)
-    assert cost.model_file_bytes(shape, bytes_each=4) == sum(t.numel() * t.element_size() for t in tensors)
+    assert memory.model_file_bytes(shape, bytes_each=4) == sum(t.numel() * t.element_size() for t in tensors)
 
 
 def test_kv_cache_is_that_of_a_real_one(policy):
@@ -84,7 +85,7 @@ def test_kv_cache_is_that_of_a_real_one(policy):
     model(torch.ones(2, 7, dtype=torch.long), past_key_values=cache)
     tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     real = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    assert len(tensors) == 6 and cost.kv_bytes(scale.read_shape(str(policy)), 2 * 7) == real
+    assert len(tensors) == 6 and memory.kv_bytes(scale.read_shape(str(policy)), 2 * 7) == real
 
 
 def test_flops_are_those_that_torch_counts(policy):
@@ -100,12 +101,12 @@ def test_flops_are_those_that_torch_counts(policy):
 
 
 def test_training_bytes_by_hand():
-    assert cost.WEIGHT + cost.GRADIENT + cost.OPTIMIZER == 16
+    assert memory.WEIGHT + memory.GRADIENT + memory.OPTIMIZER == 16
     # 800 parameters on 8 GPUs: 100 each; its shard's gradient is there in float32 too while it is updated.
-    assert stage_cost.training_bytes(800, 8) == 100 * (2 + 2 + 4 + 4 + 4) + 100 * 4
+    assert memory.training_bytes(800, 8) == 100 * (2 + 2 + 4 + 4 + 4) + 100 * 4
     # A shard of 2.5e9 is updated 1e9 at a time.
-    assert stage_cost.training_bytes(20 * 10**9, 8) == 2.5e9 * 16 + 4e9
-    assert cost.checkpoint_bytes(SHAPES["7B"]) == 14 * 6_738_415_616
+    assert memory.training_bytes(20 * 10**9, 8) == 2.5e9 * 16 + 4e9
+    assert memory.checkpoint_bytes(SHAPES["7B"]) == 14 * 6_738_415_616
 
 
 def test_adam_really_keeps_two_moments(policy):
@@ -115,7 +116,7 @@ def test_adam_really_keeps_two_moments(policy):
     optimizer.step()
     moments = [t for state in optimizer.state.values() for t in state.values() if t.numel() > 1]
     states = sum(t.numel() * t.element_size() for t in moments)
-    assert states + 4 * count(model) == cost.OPTIMIZER * count(model)
+    assert states + 4 * count(model) == memory.OPTIMIZER * count(model)
 
 
 def test_decode_step_by_hand():
@@ -145,7 +146,7 @@ def test_an_engine_with_the_batch_that_fits_fits_and_one_more_response_does_not(
         most = stage_cost.batch_that_fits(models, work, hardware, parallel)
         for batch, fits in ((most, True), (most + 1, False)):
             full = replace(work, max_num_seqs=batch)
-            caches = batch * sum(cost.kv_bytes(m, 256) / parallel for m in models)
+            caches = batch * sum(memory.kv_bytes(m, 256) / parallel for m in models)
             weights = sum(2 * m.parameters for m in models) / parallel
             assert (weights + caches <= hardware.usable) == fits
             row = stage_cost.sampling("", models, full, hardware, parallel, 10**6, engines=1)

@@ -1,0 +1,103 @@
+"""The study: which sampler, for which learner, where. All cells of docs/results.md; a finished cell is not run again.
+
+Reads   nothing.
+Writes  OUTPUT_DIR/<cell>/ for every cell, see run_lab.py.
+
+    OMP_NUM_THREADS=1 python alignment/lab/study.py --output_dir alignment/lab/results --seeds 50 --compile
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]
+
+import torch
+from lab.environment import Setting
+from lab.run_lab import LRS, markdown, run_cell
+
+from common.cli import Parser, UserError, run
+
+FEW = ["online", "online-null", "gshf", "mixp", "theory", "offline"]
+ALL = [*FEW, "pilaf", "simplemix", "theory-mix", "nash-md", "temperature", "history", "xpo-bonus", "selm"]
+CHOICES = ["online", "online-null", "random-pairs", "best-worst", "best-sweet", "implicit-best-worst"]
+
+
+class Cell(NamedTuple):
+    """One cell: its question, the setting, the samplers, the learning rates (none: run_lab.LRS)."""
+
+    question: str
+    setting: Setting
+    samplers: list[str]
+    lrs: list[float] | None = None
+
+
+def grid(lowest: float, count: int = 5) -> list[float]:
+    """Return learning rates of factor 2."""
+    return [lowest * 2**i for i in range(count)]
+
+
+def ladder() -> dict[str, Cell]:
+    """Return table, linear and transformer, each with SGD and Adam, at two values of beta."""
+    cells = {}
+    for beta in (0.3, 0.1):
+        for learner in ("table", "linear", "transformer"):
+            for optimizer in ("sgd", "adam"):
+                setting = Setting(learner=learner, optimizer=optimizer, beta=beta)
+                # A gradient of the loss is in proportion to beta.
+                lrs = grid(0.125 * 0.3 / beta) if (learner, optimizer) == ("transformer", "sgd") else None
+                cells[f"ladder_{learner}_{optimizer}_{beta}"] = Cell("ladder", setting, FEW, lrs)
+    del cells["ladder_transformer_adam_0.3"]  # that is `main`
+    return cells
+
+
+ADAM = grid(0.001)
+CELLS = {
+    "main": Cell("main", Setting(), ALL),
+    **ladder(),
+    "pipeline": Cell("staleness", Setting(updates=300, iterations=3, epochs=2, restart=True), FEW, ADAM),
+    **{f"beta_{b}": Cell("beta", Setting(beta=b), FEW, grid(0.0005)) for b in (1.0, 3.0)},
+    **{f"quality_{q}": Cell("quality", Setting(quality=q), FEW, ADAM) for q in (-0.7, 0.7)},
+    "noise_0.2": Cell("noise", Setting(label_noise=0.2), FEW, ADAM),
+    "rounds_3": Cell("staleness", Setting(iterations=3), FEW, ADAM),
+    "choices": Cell("choices", Setting(), CHOICES, ADAM),
+    "labels_19200": Cell("labels", Setting(updates=600), FEW, ADAM),
+}
+
+
+def main() -> None:
+    """Run the cells that are not there yet, in order."""
+    p = Parser(__doc__)
+    p.add("--output_dir", "folder of the cells", required=True)
+    p.add("--seeds", "environments per cell", type=int, default=50)
+    p.add("--cells", f"which: {', '.join(CELLS)} (default: all)", nargs="+", default=None)
+    p.add("--compile", "compile the transformer", action="store_true")
+    p.add("--threads", "threads of torch", type=int, default=1)
+    args = p.parse_args()
+    torch.set_num_threads(args.threads)
+    for name in args.cells or CELLS:
+        if name not in CELLS:
+            raise UserError(f"--cells {name}: one of {', '.join(CELLS)}")
+        run_once(name, CELLS[name], list(range(args.seeds)), args.compile, Path(args.output_dir) / name)
+
+
+def run_once(name: str, cell: Cell, seeds: list[int], compiled: bool, folder: Path) -> None:
+    """Run a cell unless its table is there; one of other settings is refused."""
+    done = folder / "table.json"
+    if done.exists():
+        found = json.loads(done.read_text())
+        if (found["setting"], found["seeds"]) != (dataclasses.asdict(cell.setting), seeds):
+            raise UserError(f"{folder}: holds other settings or seeds; remove it or name another --output_dir")
+        print(f"{name}: already done", flush=True)
+        return
+    start = time.time()
+    lrs = cell.lrs or LRS[cell.setting.learner, cell.setting.optimizer]
+    rows = run_cell(cell.setting, cell.samplers, lrs, seeds, compiled, folder)
+    print(f"## {name}: {time.time() - start:.0f} s\n{markdown(rows)}\n", flush=True)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,95 @@
+"""Killing any process of a running command: all that it starts carry a mark in their environment."""
+
+import os
+import random
+import subprocess
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+MARK = "SOAK_RUN"
+NO_HANG = 240  # seconds within which a command must have ended after one of its processes was killed
+
+
+class Command(NamedTuple):
+    """What is run again and again until it is done.
+
+    Attributes:
+        words: the command line.
+        environment: variables besides this process's own.
+        output: what is there when it is done.
+    """
+
+    words: list[str]
+    environment: dict[str, str]
+    output: Path
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """The living processes that carry the mark, in the order of their ids."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:  # of another user, or just gone
+            continue
+    return sorted(found, key=lambda process: process.pid)
+
+
+def start(command: Command, log: Path, mark: str) -> subprocess.Popen:
+    """Starts the command; what it prints is added to `log`."""
+    with open(log, "ab") as output:
+        return subprocess.Popen(
+            [str(word) for word in command.words],
+            env={**os.environ, **command.environment, MARK: mark},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def finish(command: Command, log: Path, mark: str) -> float:
+    """Runs the command to its end; returns the seconds that it took."""
+    began = time.monotonic()
+    process = start(command, log, mark)
+    try:
+        assert process.wait(timeout=600) == 0, log.read_text(errors="replace")[-3000:]
+    finally:
+        clear(mark)
+    return time.monotonic() - began
+
+
+def kill_one(command: Command, log: Path, mark: str, longest: float, rng: random.Random) -> str:
+    """Runs the command and kills one of its processes after a random time.
+
+    Returns:
+        The name of that process; nothing if the command was done before.
+    """
+    process = start(command, log, mark)
+    try:
+        time.sleep(rng.uniform(0, longest))
+        victims = marked(mark)
+        if process.poll() is not None or not victims:
+            assert process.wait(timeout=NO_HANG) == 0, log.read_text(errors="replace")[-3000:]
+            return ""
+        victim = rng.choice(victims)
+        name = "the script" if victim.pid == process.pid else victim.name()
+        victim.kill()
+        process.wait(timeout=NO_HANG)  # whatever the code: engines are started again, or the script ends
+        return name
+    finally:
+        clear(mark)
+
+
+def clear(mark: str) -> None:
+    """Ends what a killed command has left running, as a job scheduler does."""
+    for process in marked(mark):
+        try:
+            process.kill()
+            process.wait(timeout=30)
+        except psutil.Error:
+            continue
