@@ -107,6 +107,7 @@ def compiled_setup(bandit: Bandit, sampler: Sampler, lr: Rate) -> kernel.Setup |
         bases=bases,
         normalised=law.normalised,
         fixed=law.fixed,
+        powers_of_state=not law.normalised and slopes[0].tolist() == [[1, 0], [-1, 0]] and not bases.any(),
         limit=limit,
     )
 

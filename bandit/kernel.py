@@ -71,6 +71,7 @@ class Setup(NamedTuple):
             [2, 2, 2] and [envs, 4, |Y|].
         normalised: a_k and b_k are made to sum to 1; else there is one term at most.
         fixed: no slope differs from 0.
+        powers_of_state: the only term is a = exp(u), b = exp(-u).
         limit: |log a_k b_k'| is clipped to it (inf: it is not), [envs].
     """
 
@@ -89,6 +90,7 @@ class Setup(NamedTuple):
     bases: np.ndarray
     normalised: bool
     fixed: bool
+    powers_of_state: bool
     limit: np.ndarray
 
 
@@ -232,7 +234,12 @@ def iterate(setup, u, before, last, series):
         log_scale, largest, other = 0.0, 0.0, 0.0
         for t in range(series.shape[2]):
             width = centre(state, x, e, bits)
-            if (t == 0 or not s.fixed) and masses[0] > 0:
+            if s.powers_of_state:  # DPO-Mix-P and its like: no more exponentials
+                log_scale = min(width, limit)
+                half = math.exp(-log_scale / 2)
+                for y in range(num_actions):
+                    a[y], b[y] = masses[0] * half * e[y], half / e[y]
+            elif (t == 0 or not s.fixed) and masses[0] > 0:
                 log_scale, largest = weigh_term(
                     masses[0], first, base_a, base_b, normalised, limit, x, past, a, b, logs, log_b, bits
                 )
