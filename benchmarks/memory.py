@@ -74,7 +74,7 @@ def annotate(folder: Path, count: int, **reward: object) -> int:
             row = {"prompt": f"prompt {i}", "responses": ["a" * (i % 40), f"b {i}"], "response_ids": [ids, ids]}
             file.write(",\n" * (i > 0) + json.dumps(row))
         file.write("]}")
-    flags = {"dataset_name_or_path": data, **reward, "output_file": folder / f"rewards_{count}.json"}
+    flags = {"dataset_name_or_path": data, **reward, "output_file": folder / f"{next(iter(reward))}_{count}.json"}
     return peak_memory(command("annotate_data/get_rewards.py", flags))
 
 

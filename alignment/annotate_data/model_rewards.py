@@ -57,13 +57,15 @@ class ModelRewards:
             cut = self.encoder.cut - before
             job.note = f"; {cut} texts were cut to {self.encoder.max_length} tokens" if cut else ""
 
-    def _texts(self, job) -> Iterator[str]:
+    def _texts(self, job) -> Iterator[tuple[str, str]]:
+        """Yields what the model reads of each response, and the response."""
         policy_template = (job.records.settings.get("generate") or {}).get("template")
         for row, instance in enumerate(job.records):
             where = f"{job.source}: row {row}"
-            yield from instance_texts(
+            texts = instance_texts(
                 instance, self.args.reward_template, self.encoder.tokenizer, where, policy_template
             )
+            yield from zip(texts, instance["responses"], strict=True)
 
     def scores(self, jobs: list) -> Iterator[tuple]:
         """Yields (job, indices of texts, their scores) as batches are done, by one engine or several."""

@@ -45,11 +45,12 @@ class TextBatches:
         self.token_budget = token_budget or TOKEN_BUDGET[default_device()]
         self.cut = 0
 
-    def encode_all(self, texts: Iterable[str]) -> Iterator[list[int]]:
-        """Yields the token ids of each text; only a window of texts is in memory."""
+    def encode_all(self, texts: Iterable[tuple[str, str]]) -> Iterator[list[int]]:
+        """Yields the token ids of each text with its response; only a window of texts is in memory."""
         texts = iter(texts)
         while window := list(itertools.islice(texts, WINDOW)):
-            tokens, cut = encode(self.tokenizer, window, self.max_length)
+            whole, responses = map(list, zip(*window, strict=True))
+            tokens, cut = encode(self.tokenizer, whole, self.max_length, responses)
             self.cut += sum(cut)
             for ids in tokens:
                 self._check_ids(ids)
@@ -117,7 +118,7 @@ class RewardScorer(TextBatches):
 
     def stream(self, texts: list[str], skip: Collection[int] = frozenset()) -> Iterator[tuple[int, float]]:
         """Yields (index, score) of the texts that are not in `skip`, as batches finish."""
-        rows = list(self.encode_all(texts))
+        rows = list(self.encode_all((text, "") for text in texts))
         for indices in length_batches([len(row) for row in rows], self.token_budget, skip):
             scores = self.score_rows([rows[i] for i in indices])
             yield from (pair for pair in zip(indices, scores, strict=True) if pair[0] not in skip)

@@ -176,10 +176,8 @@ class Journal:
         if not self.rows:  # the settings may be corrected
             self._append({"settings": settings})
         if damaged:
-            print(
-                f"{self.path}: damaged in {damaged} places; its {len(self.rows)} whole rows are used, "
-                "the others are made again"
-            )
+            places = "1 place" if damaged == 1 else f"{damaged} places"
+            print(f"{self.path}: damaged in {places}; {len(self.rows)} whole rows are used, the others made again")
 
     def _refuse_rows_of(self, stored: object, settings: dict) -> None:
         if stored is not None:

@@ -11,6 +11,7 @@ from torch.utils.data import RandomSampler, Sampler
 from transformers import Trainer
 
 from common.cli import UserError
+from common.even_shares import FilledUp
 from dpo_iteration.logps import SEQUENCES, forms_agree
 from dpo_iteration.losses import preference_loss
 from dpo_iteration.rows import PaddedRows
@@ -117,22 +118,3 @@ class DPOTrainer(Trainer):
         elif "eval_loss" in logs:
             logs.update(self._means("eval_"))
         super().log(logs, start_time)
-
-
-class FilledUp(Sampler):
-    """The indices of a sampler, then negative ones (see `PaddedRows`) until their number is a multiple."""
-
-    def __init__(self, sampler: Sampler, multiple: int) -> None:
-        self.sampler, self.missing = sampler, -len(sampler) % multiple
-
-    def __len__(self) -> int:
-        return len(self.sampler) + self.missing
-
-    def __iter__(self) -> Iterator[int]:
-        yield from self.sampler
-        yield from (-1 - i % len(self.sampler) for i in range(self.missing))
-
-    def set_epoch(self, epoch: int) -> None:
-        """Give each epoch an order of its own, as far as the sampler has one."""
-        if hasattr(self.sampler, "set_epoch"):
-            self.sampler.set_epoch(epoch)

@@ -10,6 +10,7 @@ from multiprocessing import connection
 from vllm_logit_mixture import MixtureError, engine_options
 from vllm_logit_mixture.environment import set_defaults
 
+from common.adapters import whole_model
 from common.cli import UserError
 from common.models import default_device, give_memory_back, load_config, load_tokenizer, tokenizer_fingerprint
 from generation.sampling import EngineDied, Request, Response, Sampling
@@ -106,6 +107,7 @@ class VLLMGenerator:
         Raises:
             UserError: the model has another shape, or another tokenizer.
         """
+        policy = whole_model(policy, "policy", self.trust_remote_code)
         for what, of in (("shape", _shape), ("tokenizer", _fingerprint)):
             if of(policy, self.trust_remote_code) != of(self.first, self.trust_remote_code):
                 raise UserError(f"{policy}: has another {what} than {self.first}, so it needs an engine of its own")

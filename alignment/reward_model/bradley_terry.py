@@ -15,7 +15,7 @@ from transformers import Trainer
 from annotate_data.scorer import pad_right
 from annotate_data.texts import chat_text, encode
 from common.cli import UserError
-from dpo_iteration.dpo import FilledUp
+from common.even_shares import FilledUp
 
 
 def bradley_terry_losses(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
@@ -58,9 +58,12 @@ def pair_texts(tokenizer, pair: dict) -> tuple[str, str]:
 
 def pair_tokens(tokenizer, pairs: list[dict]) -> list[tuple[list[int], list[int]]]:
     """Token ids of (chosen, rejected), one per pair."""
-    chosen, rejected = zip(*(pair_texts(tokenizer, pair) for pair in pairs), strict=True)
-    limit = tokenizer.model_max_length
-    return list(zip(encode(tokenizer, chosen, limit)[0], encode(tokenizer, rejected, limit)[0], strict=True))
+    texts = [pair_texts(tokenizer, pair) for pair in pairs]
+    sides = [
+        encode(tokenizer, [text[i] for text in texts], tokenizer.model_max_length, [pair[name] for pair in pairs])[0]
+        for i, name in enumerate(("chosen", "rejected"))
+    ]
+    return list(zip(*sides, strict=True))
 
 
 def freeze_all_but_last(model: nn.Module, layers: int) -> None:

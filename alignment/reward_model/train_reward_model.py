@@ -48,7 +48,6 @@ def parser() -> Parser:
         "train only the last N layers and the head; without it all",
         type=positive_int,
     )
-    flags.add("--num_hidden_layers", "keep only the first N layers of the model; without it all", type=positive_int)
     flags.add("--learning_rate", "peak of AdamW, falling to 0 linearly", type=positive, default=3e-4)
     flags.add("--batch_size", "pairs in one step on one device", type=positive_int, default=8)
     flags.add("--gradient_accumulation_steps", "steps joined in one update", type=positive_int, default=1)
@@ -134,13 +133,7 @@ def train(args, tokenizer, pairs: list[dict], folder: Path):
     from reward_model.bradley_terry import BradleyTerryTrainer, freeze_all_but_last, pair_tokens
 
     set_seed(args.seed)  # the new head is drawn when the model is loaded
-    shape = {"num_labels": 1}
-    if args.num_hidden_layers:
-        total = load_config(args.model_name_or_path, "model").get_text_config().num_hidden_layers
-        if args.num_hidden_layers > total:
-            raise UserError(f"--num_hidden_layers {args.num_hidden_layers}: the model has {total} layers")
-        shape["num_hidden_layers"] = args.num_hidden_layers
-    model = load_reward_model(args.model_name_or_path, "float32", needs_head=False, **shape)
+    model = load_reward_model(args.model_name_or_path, "float32", needs_head=False, num_labels=1)
     if args.trainable_layers:
         freeze_all_but_last(model, args.trainable_layers)
     shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed

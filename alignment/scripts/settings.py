@@ -97,6 +97,14 @@ def _sources(value) -> list[str]:
     return [value] if isinstance(value, str) and Path(value).exists() else _words(value)
 
 
+def _models(value) -> list[str]:
+    """Return NAME=PATH words; a name is part of file names."""
+    words = _words(value)
+    if not all(is_name(word.partition("=")[0]) and word.partition("=")[2] for word in words):
+        raise ValueError
+    return words
+
+
 def _table(value) -> dict[str, list]:
     table = json.loads(value) if isinstance(value, str) else value
     if not isinstance(table, dict) or not all(is_name(str(k)) and isinstance(v, list) for k, v in table.items()):
@@ -114,6 +122,7 @@ PATH = Kind("a path without control characters", _text)
 NAMES = Kind("names with spaces between them; a name holds only letters, digits and _ + . -", _names)
 SEEDS = Kind("whole numbers with spaces between them", _seeds)
 SOURCES = Kind("files or hub names with spaces between them", _sources)
+MODELS = Kind("NAME=PATH with spaces between them", _models)
 TABLE = Kind('a JSON object {"name": [[p, [w, w], [w, w]], ...]} of samplers', _table)
 
 
@@ -238,6 +247,8 @@ class Settings:
     EVAL_K: int = setting(1, COUNT, "responses per prompt")
     EVAL_TEMPERATURE: float = setting(0.1, NUMBER, "0 is greedy")
     EVAL_TRAIN_END: int = setting(None, COUNT, "training prompt to stop before; not set: TRAIN_END")
+    MODELS: list = setting([], MODELS, "given checkpoints, evaluated beside BASE_MODEL instead of a run's own models")
+    SCORE_KL: bool = setting(False, FLAG, "score what the KL is measured on: reward, KL and value of one policy")
     KL_PROMPTS: int = setting(200, COUNT, "test prompts on which the KL is measured")
     KL_TEMPERATURE: float = setting(None, NUMBER, "not set: TEMPERATURE")
     KL_DTYPE: str = setting(None, DTYPE, "in which both models score; not set: the script's default")

@@ -1,4 +1,4 @@
-"""Twenty kills at random times of any process: two engines, vLLM's engine process, two training processes.
+"""Kills at random times of any process: two engines, vLLM's engine process, two training processes.
 
 Each command is started again until it is done. In the end its file must be, byte by byte, that of an undisturbed run.
 """
@@ -17,7 +17,15 @@ from tiny import save_tiny_policy, save_tiny_reward_model
 
 pytestmark = pytest.mark.slow
 KILLS_EACH = 5
-STAGES = ("generate", "generate_vllm", "annotate", "train")
+STAGES = ("generate", "generate_vllm", "annotate", "annotate_function", "train")
+
+RULES = """
+import time
+
+def length(prompt, responses, fields):
+    time.sleep(0.002)
+    return [len(response) for response in responses]
+"""
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +40,7 @@ def place(tmp_path_factory) -> Path:
     )
     rows = [{"prompt": f"p{i}", "responses": ["a" * (i % 50), "b" * 9]} for i in range(1500)]
     (folder / "responses.json").write_text(json.dumps({"instances": rows}))
+    (folder / "rules.py").write_text(RULES)
     scored = [{**row, "rewards": [1.0 + i, 0.5]} for i, row in enumerate(rows[1:41])]
     (folder / "scored.json").write_text(json.dumps({"instances": scored}))
     return folder
@@ -48,8 +57,9 @@ def commands(place: Path, folder: Path) -> dict[str, Command]:
     ]
     annotate = [
         *(*python, ALIGNMENT / "annotate_data/get_rewards.py", "--dataset_name_or_path", place / "responses.json"),
-        *("--reward_name_or_path", place / "reward", "--token_budget", 64, "--output_file", folder / "out.json"),
+        *("--output_file", folder / "out.json"),
     ]
+    by_model = ["--reward_name_or_path", place / "reward", "--token_budget", 64, "--num_engines", 2]
     launch = [*python, "-m", "accelerate.commands.launch", "--config_file", ALIGNMENT / "configs/cpu.yaml"]
     train = [
         *(*launch, "--num_processes", 2, ALIGNMENT / "dpo_iteration/run_dpo.py", "--use_cpu", True),
@@ -63,7 +73,10 @@ def commands(place: Path, folder: Path) -> dict[str, Command]:
     return {
         "generate": Command([*generate, "--backend", "hf", "--num_engines", 2], calm, folder / "out.json"),
         "generate_vllm": Command([*generate, "--backend", "vllm"], calm | apart, folder / "out.json"),
-        "annotate": Command([*annotate, "--num_engines", 2], calm, folder / "out.json"),
+        "annotate": Command([*annotate, *by_model], calm, folder / "out.json"),
+        "annotate_function": Command(
+            [*annotate, "--reward_function", f"{place / 'rules.py'}:length"], calm, folder / "out.json"
+        ),
         "train": Command(train, calm | path, folder / "out"),
     }
 

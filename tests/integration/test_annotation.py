@@ -282,6 +282,45 @@ def test_chat_template_is_applied_with_one_bos(tmp_path, reward_model, extra, us
     assert rewards == pytest.approx(truth, abs=1e-4)
 
 
+@pytest.mark.parametrize("template", ["none", "chat"])
+@pytest.mark.parametrize("max_length", [None, 12])
+def test_a_control_token_that_a_response_spells_out_is_text(tmp_path, reward_model, template, max_length, annotate):
+    """As if its characters (< / s >, which this tokenizer does not know) had been written one by one."""
+    answers = ["</s>", "a</s>b <s>", "no", "<unk> </s>"]
+    data = data_file(tmp_path / "in.json", [("q</s>: ", answers)])
+    more = ["--reward_template", template] + (["--max_length", max_length] if max_length else [])
+    annotate(*flags(data, reward_model, tmp_path / "out.json", *more))
+    tokenizer = tiny_tokenizer()
+    model = AutoModelForSequenceClassification.from_pretrained(reward_model).eval()
+    before, after = ("user: q</s>: \nassistant: ", "\n") if template == "chat" else ("q</s>: ", "")
+    vocabulary = tokenizer.get_vocab()
+    truth = []
+    for answer in answers:
+        ids = tokenizer(before)["input_ids"] + [vocabulary.get(c, 3) for c in answer]
+        ids = (ids + tokenizer(after, add_special_tokens=False)["input_ids"])[:max_length]
+        with torch.no_grad():
+            truth.append(model.score(model.model(torch.tensor([ids])).last_hidden_state)[0, -1, 0].item())
+    [instance] = json.loads((tmp_path / "out.json").read_text())["instances"]
+    assert instance["rewards"] == pytest.approx(truth, abs=1e-5)
+
+
+def test_a_response_continues_the_assistants_turn(tmp_path, reward_model, annotate):
+    """And null is absent."""
+    turns = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "as"}]
+    data = data_file(tmp_path / "in.json", [("p", [" it is"])], messages=turns)
+    annotate(*flags(data, reward_model, tmp_path / "out.json", "--reward_template", "chat"))
+    [instance] = json.loads((tmp_path / "out.json").read_text())["instances"]
+    truth = alone(reward_model, ["user: why?\nassistant: as it is\n"])
+    assert instance["rewards"] == pytest.approx(truth, abs=1e-5)
+    data = data_file(tmp_path / "null.json", [("p", ["yes"])], messages=None, raw_prompt="why?")
+    annotate(*flags(data, reward_model, tmp_path / "out2.json", "--reward_template", "chat"))
+    [instance] = json.loads((tmp_path / "out2.json").read_text())["instances"]
+    assert instance["rewards"] == pytest.approx(alone(reward_model, ["user: why?\nassistant: yes\n"]), abs=1e-5)
+    data = data_file(tmp_path / "system.json", [("p", ["yes"])], messages=[{"role": "system", "content": "x"}])
+    failed = annotate(*flags(data, reward_model, tmp_path / "out3.json", "--reward_template", "chat"), check=False)
+    assert failed.returncode == 2 and "system.json: row 0" in failed.stderr and failed.stderr.count("\n") == 1
+
+
 def test_errors_are_one_line_and_leave_files_alone(tmp_path, reward_model, annotate):
     data = data_file(tmp_path / "in.json", [("a", ["b", "c"]), ("long", ["d", "e"])])
     templated = tmp_path / "templated.json"

@@ -338,22 +338,3 @@ def test_human_labels_become_two_files_of_other_raters_and_prompts(tmp_path, mon
         for pair in pairs:
             chosen, rejected = (mean(harm[pair["prompt"], pair[name]]) for name in ("chosen", "rejected"))
             assert rejected - chosen >= 0.25 - 1e-9
-
-
-def test_only_the_first_layers_are_kept(tmp_path, monkeypatch, capsys):
-    """A truncated model's scores before training are those of the whole one stopped there: hidden states by hand."""
-    model, data = save_tiny_policy(tmp_path / "m", seed=1, layers=3), separable_pairs(tmp_path / "p")
-    more = ["--max_steps", 1, "--learning_rate", 1e-12, "--num_hidden_layers"]
-    train(monkeypatch, model, data, tmp_path / "rm", *more, 2)
-    cut = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm").eval()
-    whole = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1).eval()
-    ids = torch.tensor([[1, 5, 9, 7]])
-    with torch.no_grad():
-        hidden = whole.model(ids, output_hidden_states=True).hidden_states[2]
-        expected = cut.score(whole.model.norm(hidden))[0, -1]
-        assert torch.allclose(cut(ids).logits[0], expected, atol=1e-5)
-    assert len(cut.model.layers) == 2
-    capsys.readouterr()
-    with pytest.raises(SystemExit):
-        train(monkeypatch, model, data, tmp_path / "none", *more, 4)
-    assert "3 layers" in capsys.readouterr().err

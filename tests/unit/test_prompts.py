@@ -321,3 +321,18 @@ def test_the_type_that_weights_are_stored_in(tmp_path):
     LlamaForCausalLM.from_pretrained(tmp_path / "full").to(torch.bfloat16).save_pretrained(tmp_path / "half")
     assert stored_dtype(str(tmp_path / "full")) == "float32"
     assert stored_dtype(str(tmp_path / "half")) == "bfloat16"
+
+
+def test_null_is_absent(tmp_path):
+    """As Arrow joins rows of both kinds: each has both fields, and messages have the fields of all messages."""
+    named = [{**message, "name": "someone"} for message in CHAT[:1]]
+    rows = [
+        {"prompt": "one", "messages": None},
+        {"prompt": None, "messages": CHAT},
+        {"prompt": None, "messages": named},
+    ]
+    Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    jsonl = write(tmp_path / "p.jsonl", [*rows[:2], {"prompt": None, "messages": [{**CHAT[0], "name": None}]}])
+    for source in (str(tmp_path / "saved"), jsonl):
+        prompts, _ = load_prompts([source], tiny_tokenizer(), Template("chat"))
+        assert [prompt.raw for prompt in prompts] == ["one", CHAT, "hi"]

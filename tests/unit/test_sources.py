@@ -7,7 +7,7 @@ import lzma
 import shutil
 
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, load_dataset
 
 from common.cli import UserError
 from common.sources import content_of, read_rows
@@ -92,3 +92,27 @@ def test_a_file_that_is_not_there_is_not_looked_for_on_a_hub(name):
     for look in (lambda: list(read_rows(name, "train")), lambda: content_of(name, "train")):
         with pytest.raises(UserError, match=f"{name}: no such file$"):
             look()
+
+
+def put_into_the_hubs_cache(cache, rows, commit):
+    """Make what `datasets` keeps of owner/name as it was at a commit, from which it serves the name offline."""
+    Dataset.from_list(rows).to_parquet(cache / f"{commit}.parquet")
+    made = cache / "made" / commit
+    load_dataset("parquet", data_files=str(cache / f"{commit}.parquet"), cache_dir=str(made))
+    folder = cache / "owner___name" / "default" / "0.0.0" / commit
+    folder.mkdir(parents=True)
+    for file in next(made.glob("parquet/*/*/*/")).iterdir():
+        shutil.copy(file, folder / file.name.replace("parquet-", "name-"))
+    info = json.loads((folder / "dataset_info.json").read_text())
+    (folder / "dataset_info.json").write_text(json.dumps({**info, "dataset_name": "name"}))
+
+
+def test_a_hubs_name_is_known_by_what_it_holds(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    known = []
+    for rows, commit in ((ROWS, "a" * 40), (ROWS[:1], "b" * 40)):
+        put_into_the_hubs_cache(tmp_path, rows, commit)
+        for _ in range(2):
+            known.append(content_of("owner/name", "train"))
+            assert [row for _, row in read_rows("owner/name", "train")] == rows
+    assert known[0] == known[1] != known[2] == known[3]
