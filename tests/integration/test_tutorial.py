@@ -62,6 +62,7 @@ def test_every_command_of_the_tutorial(tmp_path):
         result = run(["bash", "-ec", f"cd {tmp_path}\n{commands}"], **constants)
         assert result.returncode == 0, f"{commands}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
         outputs.append(result.stdout)
+    check_lab(tmp_path / "alignment/lab/results/bold")
     check_bandit(tmp_path / "bandit/results/bold")
     check_quickstart(tmp_path / "alignment/runs/bold", outputs)
     seeds = (tmp_path / "alignment/runs/bold_seeds/results/seeds.md").read_text()
@@ -73,6 +74,12 @@ def check_bandit(folder):
         for series in ("param_diff", "value", "max_delta"):
             np.testing.assert_array_equal(data[f"bold/exact/{series}"], data[f"mix_1_0_1/exact/{series}"])
         assert (data["bold/exact/param_diff"][:, -1] < data["bold/exact/param_diff"][:, 0]).all()
+
+
+def check_lab(folder):
+    rows = {row["sampler"]: row for row in json.loads((folder / "table.json").read_text())["rows"]}
+    assert set(rows) == {"online", "online-null", "mixp", "bold"}
+    assert all(0 < row["gap"] < 1.4 for row in rows.values())  # the reference's own is about 1.35
 
 
 def check_quickstart(folder, outputs):
