@@ -4,5 +4,7 @@
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "$0")/scripts/common.sh" RECIPE=safe_rlhf "$@"
 
+stage kl_responses    # with SCORE_KL=True: what the KL is measured on, so that
+stage annotate_kl     # reward, KL and value are of one and the same policy
 stage kl
 stage summarize

@@ -80,7 +80,7 @@ def _prompt(run: Run, there: dict[Model, Answers], row: int, opened: bool) -> st
     says = "".join(_article(run, model, row, 0) for model in there)
     scores = [answers.scores[row, 0] for answers in there.values()]
     question = next(iter(there.values())).questions[row]
-    return _fold(question, f"reward {min(scores):.2f} to {max(scores):.2f}", says, opened)
+    return _fold(question, _range(min(scores), max(scores)), says, opened)
 
 
 def _extremes(run: Run, model: Model) -> str:
@@ -90,7 +90,11 @@ def _extremes(run: Run, model: Model) -> str:
     cells = [map(int, np.unravel_index(i, answers.scores.shape)) for i in dict.fromkeys(chosen)]
     says = "".join(_article(run, model, *cell, with_question=True) for cell in cells)
     scores = answers.scores.flat[order[[0, -1]]]
-    return _fold(f"{model.title}: best and worst", f"reward {scores[0]:.2f} to {scores[1]:.2f}", says, False)
+    return _fold(f"{model.title}: best and worst", _range(*scores), says, False)
+
+
+def _range(low: float, high: float) -> str:
+    return f"reward {low:z.2f} to {high:z.2f}"
 
 
 def _fold(question: str, scores: str, says: str, opened: bool) -> str:
@@ -105,8 +109,8 @@ def _article(run: Run, model: Model, row: int, k: int, with_question: bool = Fal
     answers, judged = run.test(model), run.test(model, "judge")
     text = answers.responses[row][k]
     same = answers.texts.count(text)
-    facts = [f"reward {answers.scores[row, k]:.2f}"]
-    facts += [f"judge {judged.scores[row, k]:.2f}"] if judged else []
+    facts = [f"reward {answers.scores[row, k]:z.2f}"]
+    facts += [f"judge {judged.scores[row, k]:z.2f}"] if judged else []
     facts += [f"{answers.tokens[row, k]:.0f} tokens{', cut' if answers.cut[row, k] else ''}"]
     spans = "".join(f"<span>{fact}</span>" for fact in facts)
     if same >= REPEATS:

@@ -23,11 +23,14 @@ from evaluation.run_files import (
     APART,
     BASE,
     JUDGES,
+    KL,
+    TEST,
     Model,
     Run,
     agreed,
     all_models,
     checked_names,
+    of_same_prompts,
     read_run,
     trajectory,
 )
@@ -42,16 +45,17 @@ from evaluation.stats import (
     rate_of_wins,
     wins,
 )
-from evaluation.tables import cell, csv_text, kl_of, markdown, value_of
+from evaluation.tables import cell, csv_text, kl_of, markdown, value_of, warnings
 
 NOTE = (
     "Mean [95% interval] over training seeds and test prompts together (crossed random effects, Student's). p: "
     "two-sided, Holm-corrected over the samplers of a column. Win rates: Wilson's. KL: on the logarithmic scale, "
-    "geometric mean. At equal KL: reward = seed + sampler + slope · log KL. False alarm: how often one run's "
-    "interval over prompts alone excludes 0 where the sampler does not differ from {}."
+    "geometric mean. At equal KL: reward = seed + sampler + slope · log KL, both of the same responses where those "
+    "are scored. False alarm: how often one run's interval over prompts alone excludes 0 where the sampler does not "
+    "differ from {}."
 )
 CAPTION = (
-    "Mean reward on the test prompts against the KL from the base. Thin: the seeds' curves, from the base model "
+    "Mean reward against the KL from the base model. Thin: the seeds' curves, from the base model "
     "through the shared iteration 1 to the last model (dot); band: their range; thick: their mean, where all reach."
 )
 
@@ -82,18 +86,19 @@ def main() -> None:
     check_same_settings(dict(zip(folders, runs, strict=True)))
     found = comparisons(runs, samplers, args.iterations, args.beta / args.margin_scale)
     rows, words = table(runs, samplers, args.iterations, found), verdict(runs, samplers, args.iterations, found)
-    note = NOTE.format(samplers[0])
+    warned = [f"{f.name}: {text}" for f, one in zip(folders, runs, strict=True) for text in warnings(one, models)]
+    note, text = NOTE.format(samplers[0]), "\n".join(warned + words)
     results = run_dir / "results"
     with writing(results):
         results.mkdir(exist_ok=True)
         figure = reward_vs_kl(runs, samplers, args.iterations)
         figures = save_figure(figure, "reward_vs_kl_over_seeds", CAPTION, results) if figure else {}
-    write_atomic(results / "seeds.md", f"{markdown(rows)}\n{words}\n{note}\n")
+    write_atomic(results / "seeds.md", f"{markdown(rows)}\n{text}\n{note}\n")
     write_atomic(results / "seeds.csv", csv_text(rows))
     title = f"{len(runs)} seeds of {run_dir.resolve().name}"
     tables = {f"After iteration {args.iterations}": (note, rows)}
-    write_atomic(results / "report.html", page(title, [words], [], tables, figures, runs[0], []))
-    print(f"\n{markdown(rows)}\n{words}\n\nTable, figure and the report page: {results}/report.html")
+    write_atomic(results / "report.html", page(title, words, warned, tables, figures, runs[0], []))
+    print(f"\n{markdown(rows)}\n{text}\n\nTable, figure and the report page: {results}/report.html")
 
 
 def check_same_settings(runs: dict[Path, Run]) -> None:
@@ -102,18 +107,30 @@ def check_same_settings(runs: dict[Path, Run]) -> None:
         agreed({path: one.settings.get(heading, {}) for path, one in runs.items()}, APART | {"seed"})
 
 
-def stacked(runs: list[Run], judge: str, model: Model) -> np.ndarray | None:
-    """Return rewards [S, N] of a model on the test prompts; None unless every seed has them.
+def stacked(runs: list[Run], judge: str, model: Model, part: str = TEST) -> np.ndarray | None:
+    """Return rewards [S, N] of a model on the prompts `part`; None unless every seed has them.
 
     Raises:
-        UserError: the seeds were tested on different prompts.
+        UserError: the seeds answered different prompts.
     """
-    found = [one.test(model, judge) for one in runs]
+    found = [one.answers.get((judge, part, model)) for one in runs]
     if None in found:
         return None
     if any(answers.prompts != found[0].prompts for answers in found):
-        raise UserError(f"{model.title}: the seeds were tested on different prompts; they cannot be compared")
+        raise UserError(f"{model.title}: the seeds answered different prompts; they cannot be compared")
     return np.stack([answers.rewards for answers in found])
+
+
+def beside_kl(runs: list[Run], judge: str, models: list[Model]) -> list[np.ndarray] | None:
+    """Return rewards [S, N] of each model to set against its KL; None where some are missing.
+
+    They are of the responses that the KL was measured on where all have them, else of the test prompts.
+    """
+    for part in (KL, TEST):
+        found = [stacked(runs, judge, model, part) for model in models]
+        if all(rewards is not None for rewards in found):
+            return found
+    return None
 
 
 def stacked_kl(runs: list[Run], model: Model) -> np.ndarray | None:
@@ -122,10 +139,9 @@ def stacked_kl(runs: list[Run], model: Model) -> np.ndarray | None:
         return np.zeros((len(runs), 1))
     if any(model not in one.kl for one in runs):
         return None
-    found = [kl_of(one, model) for one in runs]
-    if len({len(kl) for kl in found}) > 1:
+    if not of_same_prompts([one.kl[model] for one in runs]):
         raise UserError(f"{model.title}: the seeds' KL was measured on different prompts; they cannot be compared")
-    return np.stack(found)
+    return np.stack([kl_of(one, model) for one in runs])
 
 
 def stacked_value(runs: list[Run], model: Model, beta: float) -> np.ndarray | None:
@@ -147,12 +163,17 @@ def comparisons(runs: list[Run], samplers: list[str], iteration: int, beta: floa
         values = {m.label: values for m in last if (values := values_of(m)) is not None}
         if samplers[0] in values:
             paired = {name: v - values[samplers[0]] for name, v in values.items() if name != samplers[0]}
-            found[column] = corrected({name: (crossed_effect(v), v) for name, v in paired.items()})
-    rewards, kl = [stacked(runs, "rewards", m) for m in last], [stacked_kl(runs, m) for m in last]
-    if all(values is not None for values in (*rewards, *kl)):
+            found[column] = corrected({name: (effect_over_seeds(v), v) for name, v in paired.items()})
+    rewards, kl = beside_kl(runs, "rewards", last), [stacked_kl(runs, m) for m in last]
+    if rewards and all(values is not None for values in kl):
         effects = at_equal_kl(np.stack(rewards, axis=1), np.stack([k.mean(axis=1) for k in kl], axis=1))
         found["equal KL"] = corrected({n: (e, None) for n, e in zip(samplers[1:], effects or [], strict=False)})
     return found
+
+
+def effect_over_seeds(paired: np.ndarray) -> Effect:
+    """Return the effect of paired differences [S, N]; one seed shows nothing about others."""
+    return crossed_effect(paired) if len(paired) > 1 else Effect(float(paired.mean()))
 
 
 def corrected(effects: dict[str, tuple[Effect, np.ndarray | None]]) -> dict[str, tuple]:
@@ -207,20 +228,25 @@ def _alarm(found: dict, sampler: str) -> str:
     return "–" if share is None else f"{share:.2f}"
 
 
-def verdict(runs: list[Run], samplers: list[str], iteration: int, found: dict) -> str:
-    """Return what the seeds and prompts show and what they do not, in words."""
+def verdict(runs: list[Run], samplers: list[str], iteration: int, found: dict) -> list[str]:
+    """Return what the seeds and prompts show and what they do not, in sentences."""
     words = []
     for column, name in (JUDGES | {"value": "value", "equal KL": "reward at equal KL"}).items():
-        there = found.get(column, {})
-        clear = [f"{s} ({e.value:+.2f})" for s, (e, p, _) in there.items() if p is not None and p < 0.05]
+        there = {sampler: (effect, p) for sampler, (effect, p, _) in found.get(column, {}).items() if p is not None}
+        clear = [f"{sampler} {effect.value:+.2f}" for sampler, (effect, p) in there.items() if p < 0.05]
         if there:
-            words.append(f"by the {name} {', '.join(clear) or 'none'} of {len(there)}")
+            words.append(f"{name}: {', '.join(clear) or 'none'} (of {len(there)})")
     if not words:
-        return "No sampler has been evaluated beside the first one yet."
-    return (
-        f"Differences from {samplers[0]} after iteration {iteration} that are clear over {len(runs)} seeds and the "
-        f"prompts together, Holm-corrected at 5%: {'; '.join(words)}."
+        return [f"Nothing can be said about differences from {samplers[0]}: that needs two seeds that are evaluated."]
+    halves = [effect.half for effect, p, _ in found.get("rewards", {}).values() if p is not None]
+    size = f"Differences in reward below {max(halves):.2f} could not have been told from 0 at this size. " * bool(
+        halves
     )
+    return [
+        f"Clear differences from {samplers[0]} after iteration {iteration}, over {len(runs)} seeds and the prompts "
+        f"together, Holm-corrected at 5%. {'; '.join(words)}.",
+        f"{size}Seeds are few: a sampler that is missing here is not shown to be equal.",
+    ]
 
 
 class Band(NamedTuple):
@@ -236,8 +262,8 @@ class Band(NamedTuple):
 def curves(runs: list[Run], judge: str, sampler: str, iterations: int) -> tuple[np.ndarray, np.ndarray] | None:
     """Return KL and mean reward, both [S, M], of a sampler's models, the base first; None if one is missing."""
     models = trajectory(sampler, iterations)
-    kl, rewards = [stacked_kl(runs, m) for m in models], [stacked(runs, judge, m) for m in models]
-    if any(values is None for values in (*kl, *rewards)):
+    kl, rewards = [stacked_kl(runs, m) for m in models], beside_kl(runs, judge, models)
+    if rewards is None or any(values is None for values in kl):
         return None
     return tuple(np.stack([v.mean(axis=1) for v in values], axis=1) for values in (kl, rewards))
 
@@ -252,7 +278,7 @@ def band(kl: np.ndarray, rewards: np.ndarray, points: int = 201) -> Band:
 
 
 def reward_vs_kl(runs: list, samplers: list[str], iterations: int):
-    """A panel for each judge that scored every seed; None while there is none."""
+    """Draw a panel for each judge that scored every seed; None while there is none."""
     from evaluation.figures import band_panels
 
     found = {

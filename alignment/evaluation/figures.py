@@ -25,8 +25,7 @@ def save_figures(
     drawings = {
         "reward_vs_kl": (
             reward_vs_kl(rows, samplers, iterations, given),
-            "Mean reward on the test prompts against the KL from the base; lines join the iterations. Bars: 95% over "
-            "prompts.",
+            "Mean reward against the KL from the base model; lines join the iterations. Bars: 95% over prompts.",
         ),
         "reward_vs_iteration": (
             reward_vs_iteration(rows, samplers, iterations),
@@ -78,7 +77,7 @@ def _axes(count: int, width: float, height: float):
 
 
 def reward_vs_iteration(rows: dict[Model, Row], samplers: list[str], iterations: int):
-    """One panel for each kind of score that is there, one line per sampler; None while there is none."""
+    """Draw one panel for each kind of score that is there, one line per sampler; None while there is none."""
     titles = {
         "test_reward": "test prompts",
         "train_reward": "train prompts",
@@ -102,7 +101,7 @@ def reward_vs_iteration(rows: dict[Model, Row], samplers: list[str], iterations:
 
 
 def _line(ax, sampler: str, models: list[Model], x: list[float], estimates: list[Estimate], xerr=None) -> None:
-    """A sampler's points with their bars, joined by a line; what all samplers share is grey."""
+    """Draw a sampler's points with their bars, joined by a line; what all samplers share is grey."""
     y, yerr = [e.value for e in estimates], _bars(estimates)
     ax.plot(x, y, color=color_of(sampler), label=sampler, linewidth=1.4)
     shared = sum(m in (BASE, FIRST) for m in models)
@@ -113,8 +112,13 @@ def _line(ax, sampler: str, models: list[Model], x: list[float], estimates: list
 
 
 def reward_vs_kl(rows: dict[Model, Row], samplers: list[str], iterations: int, given: list[Model]):
-    """Reward against KL; None while no trained model has a KL."""
-    usable = {m for m, row in rows.items() if row["kl"] and row["test_reward"]}
+    """Draw reward against KL; None while no trained model has a KL.
+
+    The rewards are of the responses that the KL was measured on where all have them, else of the test prompts.
+    """
+    with_kl = {m for m, row in rows.items() if row["kl"]}
+    column = "kl_reward" if all(rows[m]["kl_reward"] for m in with_kl) else "test_reward"
+    usable = {m for m in with_kl if rows[m][column]}
     if not usable - {BASE}:
         return None
     figure, [ax] = _axes(1, 6.4, 4.4)
@@ -122,7 +126,7 @@ def reward_vs_kl(rows: dict[Model, Row], samplers: list[str], iterations: int, g
     lines |= {m.label: [m] for m in [*([] if samplers else [BASE]), *given]}
     for i, (name, line) in enumerate(lines.items()):
         models = [m for m in line if m in usable]
-        kl, rewards = ([rows[m][c] for m in models] for c in ("kl", "test_reward"))
+        kl, rewards = ([rows[m][c] for m in models] for c in ("kl", column))
         _line(ax, name, models, [e.value for e in kl], rewards, xerr=_bars(kl))
         for model, x, y in zip(models, kl, rewards, strict=True):
             # Every sampler writes in its own corner of the point, so that neighbours stay legible.
@@ -130,13 +134,14 @@ def reward_vs_kl(rows: dict[Model, Row], samplers: list[str], iterations: int, g
             text = "base" if model == BASE else model.label if model.iteration is None else str(model.iteration)
             at = {"xy": (x.value, y.value), "xytext": corner, "textcoords": "offset points"}
             ax.annotate(text, **at, fontsize=9, color=_color(model))
-    ax.set(xlabel="KL from the base model (nats per response)", ylabel="mean reward, test prompts")
+    where = "same responses" if column == "kl_reward" else "test prompts"
+    ax.set(xlabel="KL from the base model (nats per response)", ylabel=f"mean reward, {where}")
     ax.legend(frameon=False)
     return figure
 
 
 def band_panels(panels: dict[str, dict[str, tuple]]):
-    """Reward against KL over seeds, one panel per judge.
+    """Draw reward against KL over seeds, one panel per judge.
 
     Args:
         panels: title → sampler → (`compare_seeds.Band`, KL [S, M] and reward [S, M] of the seeds' models).
@@ -150,13 +155,13 @@ def band_panels(panels: dict[str, dict[str, tuple]]):
             ax.plot(band.kl, band.mean, color=color, linewidth=2, label=sampler)
             ax.plot(kl[:, -1], rewards[:, -1], "o", color=color, markersize=5)
         ax.set(title=title, xlabel="KL from the base model (nats per response)")
-    axes[0].set_ylabel("mean reward, test prompts")
+    axes[0].set_ylabel("mean reward")
     axes[0].legend(frameon=False)
     return figure
 
 
 def win_rates(run: Run, models: list[Model]):
-    """A matrix for each judge; None while fewer than two models have answers."""
+    """Draw a matrix for each judge; None while fewer than two models have answers."""
     panels = {judge: [m for m in models if run.test(m, judge)] for judge in JUDGES}
     panels = {judge: there for judge, there in panels.items() if len(there) > 1}
     if not panels:
@@ -180,7 +185,7 @@ def win_rates(run: Run, models: list[Model]):
 
 
 def reward_distributions(run: Run, models: list[Model]):
-    """A violin for every model, a panel for each judge."""
+    """Draw a violin for every model, a panel for each judge."""
     panels = {judge: [m for m in models if run.test(m, judge)] for judge in JUDGES}
     panels = {judge: there for judge, there in panels.items() if there}
     if not panels:

@@ -1,5 +1,6 @@
 """What a run folder holds for evaluation: reading it, and refusing what cannot be compared."""
 
+import json
 import math
 from functools import cached_property
 from pathlib import Path
@@ -188,10 +189,15 @@ def check_same_policy(run_dir: Path, model: Model, result: dict, made: dict) -> 
 def read_kl(run_dir: Path, models: list[Model]) -> tuple[dict[Model, dict], dict]:
     """Return each model's KL result, where it has one, and their shared settings."""
     results = {model: checked_kl(path) for model in models if (path := kl_file(run_dir, model)).exists()}
-    counts = {len(result["kl_of_prompts"]) for result in results.values()}
-    if len(counts) > 1:
-        raise UserError(f"{run_dir}/results: KL over {sorted(counts)} prompts: they cannot be compared")
+    if not of_same_prompts(list(results.values())):
+        raise UserError(f"{run_dir}/results: the models' KL is of different prompts: they cannot be compared")
     return results, agreed({kl_file(run_dir, m): result["settings"].get("kl", {}) for m, result in results.items()})
+
+
+def of_same_prompts(results: list[dict]) -> bool:
+    """Return whether KL results are of the same prompts, as far as they say."""
+    counts = {len(result["kl_of_prompts"]) for result in results}
+    return len(counts) < 2 and len({json.dumps(result["prompts"]) for result in results if "prompts" in result}) < 2
 
 
 def checked_kl(path: Path) -> dict:

@@ -67,11 +67,16 @@ def crossed_effect(values: np.ndarray) -> Effect:
     seeds, prompts = values.shape
     if seeds == 1 or prompts == 1:
         return mean_effect(values[0]) if seeds == 1 else Effect(float(values.mean()))
-    rows, columns, mean = values.mean(axis=1), values.mean(axis=0), float(values.mean())
-    residual = values - rows[:, None] - columns + mean
     df = seeds - 1, prompts - 1, (seeds - 1) * (prompts - 1)
-    parts = rows.var(ddof=1) / seeds, columns.var(ddof=1) / prompts, (residual**2).sum() / df[2] / values.size
-    return Effect(mean, *combined(parts, df))
+    return Effect(float(values.mean()), *combined(squared_errors(values), df))
+
+
+def squared_errors(values: np.ndarray) -> tuple[float, float, float]:
+    """Return the squared standard errors of the mean of [S, N]: over seeds, over prompts, and of the residual."""
+    rows, columns = values.mean(axis=1), values.mean(axis=0)
+    residual = values - rows[:, None] - columns + values.mean()
+    df = (len(rows) - 1) * (len(columns) - 1)
+    return rows.var(ddof=1) / len(rows), columns.var(ddof=1) / len(columns), (residual**2).sum() / df / values.size
 
 
 def combined(parts: tuple, df: tuple) -> tuple[float, float]:
@@ -106,10 +111,8 @@ def false_alarm(differences: np.ndarray) -> float | None:
     if min(seeds, prompts) < 2:
         return None
     one_run = differences.var(axis=1, ddof=1).mean() / prompts
-    rows, columns = differences.mean(axis=1), differences.mean(axis=0)
-    residual = differences - rows[:, None] - columns + differences.mean()
-    shared = (residual**2).sum() / ((seeds - 1) * (prompts - 1)) / prompts
-    total = one_run + max(0.0, rows.var(ddof=1) - shared)
+    over_seeds, _, residual = squared_errors(differences)
+    total = one_run + seeds * max(0.0, over_seeds - residual)
     return float(2 * stats.norm.sf(Z * np.sqrt(one_run / total))) if total else 0.0
 
 
@@ -167,10 +170,11 @@ def distinct(texts: list[str], n: int) -> float | None:
 
 
 class Curve(NamedTuple):
-    """A sampler's own M models: reward of each test prompt [M, N], KL of each KL prompt [M, P]."""
+    """A sampler's M models: rewards [M, N] and KL [M, P] of each prompt; `paired`: of the same responses."""
 
     rewards: np.ndarray
     kl: np.ndarray
+    paired: bool = False
 
 
 class Matched(NamedTuple):
@@ -191,8 +195,8 @@ def interpolate(kl: np.ndarray, reward: np.ndarray, at: np.ndarray) -> np.ndarra
 def matched_kl(ours: Curve, theirs: Curve, seed: int) -> Matched | None:
     """Return our reward minus theirs at common KL; None if the curves share no range of KL.
 
-    The interval is a BCa bootstrap over test prompts and over KL prompts, the same for both curves. A resampled curve
-    that ends before the common KL is continued with its last reward.
+    The interval is a BCa bootstrap over the rewards' prompts and over the KL's, or over both together where they are
+    paired, the same for both curves. A resampled curve that ends before the common KL goes on with its last reward.
     """
     ends = [(c.kl.mean(axis=1).min(), c.kl.mean(axis=1).max()) for c in (ours, theirs)]
     low, high = max(a for a, _ in ends), min(b for _, b in ends)
@@ -200,13 +204,16 @@ def matched_kl(ours: Curve, theirs: Curve, seed: int) -> Matched | None:
         return None
     grid = np.linspace(low, high, 21)
 
-    def difference(tests: np.ndarray, kls: np.ndarray) -> np.ndarray:  # weights [R, N] and [R, P] → [R, 2]
+    def difference(tests: np.ndarray, kls: np.ndarray) -> np.ndarray:  # weights [R, N], [R, P] → [R, 2]
         lines = [[interpolate(k, r, grid) for k, r in zip(kls @ c.kl.T, tests @ c.rewards.T, strict=True)]
                  for c in (ours, theirs)]  # fmt: skip
         apart = np.array(lines[0]) - np.array(lines[1])
         return np.stack([apart[:, -1], apart.mean(axis=1)], axis=1)
 
-    at, average = bca(difference, (ours.rewards.shape[1], ours.kl.shape[1]), seed)
+    if ours.paired and theirs.paired:
+        at, average = bca(lambda weights: difference(weights, weights), (ours.kl.shape[1],), seed)
+    else:
+        at, average = bca(difference, (ours.rewards.shape[1], ours.kl.shape[1]), seed)
     return Matched(float(low), float(high), at, average)
 
 

@@ -30,6 +30,7 @@ COLUMNS = {
     "judge_reward": ("judge's reward", 2, False),
     "judge_win_rate": ("win rate by the judge", 1, True),
     "kl": ("KL from base", 2, False),
+    "published_kl": ("KL as published", 2, False),
     "kl_reward": ("reward where KL is measured", 2, False),
     "value": ("value there: reward − β·KL", 2, False),
     "length": ("tokens per response", 1, False),
@@ -39,7 +40,7 @@ COLUMNS = {
     "distinct_2": ("distinct-2", 3, False),
     "train_reward": ("reward, train prompts", 2, False),
 }
-OPTIONAL = ("kl_reward", "value")  # left out where no model has them
+OPTIONAL = ("published_kl", "kl_reward", "value")  # left out where no model has them
 MISSING = "missing"
 
 # A model has collapsed where its diversity is below this share of the base model's. A healthy run of the 135M study
@@ -88,6 +89,10 @@ def _kl_columns(run: Run, model: Model, beta: float) -> Row:
     row: Row = {}
     if model in run.kl:
         row["kl"] = kl_estimate(kl_of(run, model)[None])
+        if "published_kl" in run.kl[model]:  # get_kl.py --published_estimator
+            count = len(run.kl[model]["kl_of_prompts"])
+            stderr = run.kl[model].get("published_stderr")
+            row["published_kl"] = Effect(run.kl[model]["published_kl"], stderr, count - 1).interval
     if (values := value_of(run, model, beta)) is not None:
         rewards = run.answers["rewards", KL, model].rewards
         row |= {"kl_reward": mean_effect(rewards).interval, "value": mean_effect(values).interval}
@@ -127,14 +132,19 @@ def reward_difference(run: Run, ours: Model, theirs: Model) -> Effect | None:
 
 
 def curve(run: Run, sampler: str, iterations: int) -> Curve | None:
-    """Return the sampler's own models with test rewards and a KL; None if there is none.
+    """Return the sampler's own models with rewards and a KL; None if there is none.
 
     The shared iteration 1 is not among them: there all samplers are equal, which would pull differences towards 0.
+    The rewards are of the responses that the KL was measured on where all have them, else of the test prompts.
     """
-    models = [m for m in trajectory(sampler, iterations)[2:] if m in run.kl and run.test(m)]
+    own = [m for m in trajectory(sampler, iterations)[2:] if m in run.kl]
+    paired = bool(own) and all(("rewards", KL, m) in run.answers for m in own)
+    part = KL if paired else TEST
+    models = [m for m in own if ("rewards", part, m) in run.answers]
     if not models:
         return None
-    return Curve(np.stack([run.test(m).rewards for m in models]), np.stack([kl_of(run, m) for m in models]))
+    rewards = np.stack([run.answers["rewards", part, m].rewards for m in models])
+    return Curve(rewards, np.stack([kl_of(run, m) for m in models]), paired)
 
 
 def last_models(run: Run, samplers: list[str], iterations: int, given: list[str] = ()) -> list[Model]:

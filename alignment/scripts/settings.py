@@ -97,6 +97,14 @@ def _sources(value) -> list[str]:
     return [value] if isinstance(value, str) and Path(value).exists() else _words(value)
 
 
+def _models(value) -> list[str]:
+    """Return NAME=PATH words; a name is part of file names."""
+    words = _words(value)
+    if not all(is_name(word.partition("=")[0]) and word.partition("=")[2] for word in words):
+        raise ValueError
+    return words
+
+
 def _table(value) -> dict[str, list]:
     table = json.loads(value) if isinstance(value, str) else value
     if not isinstance(table, dict) or not all(is_name(str(k)) and isinstance(v, list) for k, v in table.items()):
@@ -114,6 +122,7 @@ PATH = Kind("a path without control characters", _text)
 NAMES = Kind("names with spaces between them; a name holds only letters, digits and _ + . -", _names)
 SEEDS = Kind("whole numbers with spaces between them", _seeds)
 SOURCES = Kind("files or hub names with spaces between them", _sources)
+MODELS = Kind("NAME=PATH with spaces between them", _models)
 TABLE = Kind('a JSON object {"name": [[p, [w, w], [w, w]], ...]} of samplers', _table)
 
 
@@ -195,12 +204,12 @@ class Settings:
 
     # Training
     TRAINER: str = setting("ours", one_of("ours", "trl"), "ours: run_dpo.py; trl: TRL's DPOTrainer")
-    TRL_LOSS_TYPE: str = setting(None, TEXT, "a loss of TRL, for TRAINER=trl")
-    LOSS_TYPE: str = setting("rev_kl", TEXT, "a row of the losses in dpo_iteration/dpo.py")
+    TRL_LOSS_TYPE: str = setting(None, TEXT, "a loss of TRL, for TRAINER=trl; not set: sigmoid")
+    LOSS_TYPE: str = setting("rev_kl", TEXT, "a row of LOSSES in dpo_iteration/losses.py")
     CHOOSE_TYPE: str = setting("sampler", TEXT, "how a pair is chosen; sampler: as the sampler's row says")
     LENGTH_PENALTY: float = setting(None, NUMBER, "reward taken per token by CHOOSE_TYPE=max_min_p")
     LABELS: str = setting("margin", one_of("margin", "sampled"), "margin: sigma(margin); sampled: 0 or 1 from it")
-    LABEL_NOISE: float = setting(0.0, SHARE, "of sampled labels that are turned round", "share")
+    LABEL_NOISE: float = setting(0.0, SHARE, "of the labels that are turned round, up to 0.5", "share")
     BETA: float = setting(0.1, NUMBER, "weight of the KL divergence from the reference")
     MARGIN_SCALE: float = setting(1.0, NUMBER, "margin = MARGIN_SCALE * difference of rewards")
     MAX_LENGTH: int = setting(256, COUNT, "prompt and response; longer ones are cut", "tokens")
@@ -231,6 +240,7 @@ class Settings:
     OPTIMIZER: str = setting(None, TEXT, "a name of transformers; not set: AdamW")
     SAVE_STRATEGY: str = setting("steps", one_of("steps", "epoch", "no"), "when checkpoints are written")
     SAVE_STEPS: int = setting(500, COUNT, "between two checkpoints; of a 7B model one has 94 GB", "steps")
+    SAVE_MINUTES: float = setting(None, NUMBER, "between two checkpoints, instead of SAVE_STEPS", "minutes")
     REPORT_TO: str = setting("none", TEXT, "wandb, tensorboard or none")
     DDP_TIMEOUT: int = setting(None, COUNT, "that processes wait for each other; not set: 1800", "seconds")
 
@@ -238,6 +248,8 @@ class Settings:
     EVAL_K: int = setting(1, COUNT, "responses per prompt")
     EVAL_TEMPERATURE: float = setting(0.1, NUMBER, "0 is greedy")
     EVAL_TRAIN_END: int = setting(None, COUNT, "training prompt to stop before; not set: TRAIN_END")
+    MODELS: list = setting([], MODELS, "given checkpoints, evaluated beside BASE_MODEL instead of a run's own models")
+    SCORE_KL: bool = setting(False, FLAG, "score what the KL is measured on: reward, KL and value of one policy")
     KL_PROMPTS: int = setting(200, COUNT, "test prompts on which the KL is measured")
     KL_TEMPERATURE: float = setting(None, NUMBER, "not set: TEMPERATURE")
     KL_DTYPE: str = setting(None, DTYPE, "in which both models score; not set: the script's default")

@@ -57,8 +57,10 @@ def spread(s: Settings, environment: str, path: str, lines: list[Words]) -> Comm
     return [["env", f"CUDA_VISIBLE_DEVICES={names}", *part] for names, part in zip(own, parts, strict=True)]
 
 
-def model(s: Settings, iteration: int, sampler: str) -> str:
-    """Return the model after an iteration: before the first it is the base model."""
+def model(s: Settings, iteration: int | None, sampler: str) -> str:
+    """Return the model after an iteration: before the first it is the base model; None: one of MODELS."""
+    if iteration is None:
+        return dict(word.split("=", 1) for word in s.MODELS)[sampler]
     if iteration <= 0:
         return s.BASE_MODEL
     if iteration == 1 and s.ITER1_MODEL:
@@ -193,11 +195,12 @@ def train(s: Settings, n: int, samplers: list[str]) -> Commands:
     line = flags(
         model_name_or_path=model(s, n - 1, sampler),
         ref_model=s.BASE_MODEL,
-        train_dir=names.rewarded(s.RUN_DIR, n, sampler),
+        train_file=names.rewarded(s.RUN_DIR, n, sampler),
         output_dir=names.model(s.RUN_DIR, n, sampler),
         choose_type=s.CHOOSE_TYPE,
         length_penalty=s.LENGTH_PENALTY,
         labels=None if s.LABELS == "margin" else s.LABELS,
+        label_seed=None if s.LABELS == "margin" else s.SEED,
         label_noise=s.LABEL_NOISE or None,
         beta=s.BETA,
         margin_scale=s.MARGIN_SCALE,
@@ -214,6 +217,7 @@ def train(s: Settings, n: int, samplers: list[str]) -> Commands:
         eval_fraction=s.EVAL_FRACTION,
         save_strategy=s.SAVE_STRATEGY,
         save_steps=s.SAVE_STEPS,
+        save_minutes=s.SAVE_MINUTES,
         report_to=s.REPORT_TO,
         seed=s.SEED,
         bf16=s.BF16,
@@ -226,10 +230,7 @@ def train(s: Settings, n: int, samplers: list[str]) -> Commands:
     if s.USE_LORA:
         line += flags(use_lora=True, lora_r=s.LORA_R, lora_alpha=s.LORA_ALPHA, lora_target_modules=s.LORA_TARGETS)
         line += flags(load_in_4bit=s.QLORA or None)
-    if s.TRAINER == "trl":
-        line += flags(trl_loss_type=s.TRL_LOSS_TYPE)
-    else:
-        line += flags(loss_type=s.LOSS_TYPE)
+    line += flags(loss_type=s.TRL_LOSS_TYPE if s.TRAINER == "trl" else s.LOSS_TYPE)
     file = "run_trl.py" if s.TRAINER == "trl" else "run_dpo.py"
     return [[*launcher(s), str(ALIGNMENT / "dpo_iteration" / file), *line]]
 
@@ -255,36 +256,40 @@ def another_machine_writes(s: Settings, files: list[Path]) -> bool:
 
 
 def trained(s: Settings, first: int) -> list[tuple[int, str]]:
-    """Return (iteration, label) of the models from iteration `first` on, without those that are not there yet."""
+    """Return (iteration, label) of the models from iteration `first` on, without those that are not there yet.
+
+    With MODELS these are the base model and the given ones.
+    """
+    if s.MODELS:
+        return [(0, "base")] * (first == 0) + [(None, word.split("=")[0]) for word in s.MODELS]
     found = [(n, label) for n, label in names.models(s.SAMPLERS, s.ITERS) if n >= first]
     made = [(n, label) for n, label in found if n > 1 or (n == 1 and not shared_is_given(s, n))]
     return [pair for pair in found if pair not in made or s.DRY_RUN or Path(model(s, *pair)).is_dir()]
 
 
-def evaluate(s: Settings) -> Commands:
-    """Responses of every model to the test prompts and to the train prompts."""
+def answers(s: Settings, lines: dict[tuple[int | None, str], dict]) -> Commands:
+    """Return the commands in which models, named by (iteration, label), answer prompts; with the flags of each."""
     by_ray = s.NUM_ENGINES or os.environ.get("RAY_ADDRESS")  # several engines for each model
-    for n, label in sorted(set(names.models(s.SAMPLERS, s.ITERS)) - set(trained(s, 0))):
-        print(f"left out, not trained yet: iteration {n}, {label}")
-    lines = [
-        flags(
-            model_name_or_path=model(s, n, label),
-            **prompts(s),
-            sampler="online",
-            start=[s.TEST_START, s.TRAIN_START],
-            end=[s.TEST_END, s.EVAL_TRAIN_END],
-            K=s.EVAL_K,
-            temperature=s.EVAL_TEMPERATURE,
-            **engine(s),
-            **(engines(s, s.TENSOR_PARALLEL_SIZE) if by_ray else {}),
-            seed=s.SEED * 1000,
-            output_file=[names.evaluation(s.RUN_DIR, part, n, label) for part in names.PROMPTS],
-        )
-        + trust(s)
-        for n, label in trained(s, 0)
+    shared = engine(s) | (engines(s, s.TENSOR_PARALLEL_SIZE) if by_ray else {}) | {"seed": s.SEED * 1000}
+    words = [
+        flags(model_name_or_path=model(s, *which), **prompts(s), sampler="online", **own, **shared) + trust(s)
+        for which, own in lines.items()
     ]
     path = "generation/generate.py"
-    return script("vllm", path, lines) if by_ray else spread(s, "vllm", path, lines)
+    return script("vllm", path, words) if by_ray else spread(s, "vllm", path, words)
+
+
+def evaluate(s: Settings) -> Commands:
+    """Responses of every model to the test prompts and to the train prompts."""
+    for n, label in [] if s.MODELS else sorted(set(names.models(s.SAMPLERS, s.ITERS)) - set(trained(s, 0))):
+        print(f"left out, not trained yet: iteration {n}, {label}")
+    slices = {"start": [s.TEST_START, s.TRAIN_START], "end": [s.TEST_END, s.EVAL_TRAIN_END]}
+    sampling = slices | {"K": s.EVAL_K, "temperature": s.EVAL_TEMPERATURE}
+    lines = {
+        which: sampling | {"output_file": [names.evaluation(s.RUN_DIR, part, *which) for part in names.PROMPTS]}
+        for which in trained(s, 0)
+    }
+    return answers(s, lines)
 
 
 def evaluated(s: Settings, scored: str | None) -> list[Path]:
@@ -305,15 +310,39 @@ def judge(s: Settings) -> Commands:
     return score(s, s.JUDGE_MODEL, s.JUDGE_TEMPLATE, evaluated(s, None), evaluated(s, "judge"))
 
 
+def kl_prompts(s: Settings) -> dict:
+    """Return the flags that choose the prompts on which the KL is measured."""
+    return {"start": s.TEST_START, "end": s.TEST_START + s.KL_PROMPTS}
+
+
+def kl_responses(s: Settings) -> Commands:
+    """Responses that the KL is measured on, of every model and of the base model; only with SCORE_KL."""
+    sampling = kl_prompts(s) | {"K": 1, "temperature": s.KL_TEMPERATURE}
+    lines = {
+        which: sampling | {"output_file": names.evaluation(s.RUN_DIR, "kl_prompts", *which)}
+        for which in trained(s, 0)
+    }
+    return answers(s, lines) if s.SCORE_KL else []
+
+
+def annotate_kl(s: Settings) -> Commands:
+    """Rewards of the responses that the KL is measured on; only with SCORE_KL."""
+    files = [
+        [names.evaluation(s.RUN_DIR, "kl_prompts", *which, scored) for which in trained(s, 0)]
+        for scored in (None, "rewards")
+    ]
+    return rewards_of(s, *files) if s.SCORE_KL else []
+
+
 def kl(s: Settings) -> Commands:
-    """KL from the base model of every trained model, on held-out prompts."""
+    """KL from the base model of every trained model, on held-out prompts: of their own responses with SCORE_KL."""
+    sampling = prompts(s) | kl_prompts(s)
     lines = [
         flags(
             model_name_or_path=model(s, n, label),
             ref_model_name_or_path=s.BASE_MODEL,
-            **prompts(s),
-            start=s.TEST_START,
-            end=s.TEST_START + s.KL_PROMPTS,
+            **({} if s.SCORE_KL else sampling),
+            responses=names.evaluation(s.RUN_DIR, "kl_prompts", n, label) if s.SCORE_KL else None,
             temperature=s.KL_TEMPERATURE,
             scoring_dtype=s.KL_DTYPE,
             **engine(s),
@@ -328,13 +357,16 @@ def kl(s: Settings) -> Commands:
 
 def summarize(s: Settings) -> Commands:
     """Table, figures and report of everything that is there."""
-    line = flags(run_dir=s.RUN_DIR, samplers=s.SAMPLERS, iterations=s.ITERS)
+    of_run = {"samplers": s.SAMPLERS, "iterations": s.ITERS}
+    shown = {"models": [word.split("=")[0] for word in s.MODELS]} if s.MODELS else of_run
+    line = flags(run_dir=s.RUN_DIR, **shown, beta=s.BETA, margin_scale=s.MARGIN_SCALE)
     return script("rewardflow", "evaluation/summarize.py", [line])
 
 
 def compare_seeds(s: Settings) -> Commands:
     """Table and figure over the run folders of several seeds."""
     line = flags(run_dir=s.RUN_DIR, seeds=s.SEEDS, samplers=s.SAMPLERS, iterations=s.ITERS)
+    line += flags(beta=s.BETA, margin_scale=s.MARGIN_SCALE)
     return script("rewardflow", "evaluation/compare_seeds.py", [line])
 
 
@@ -381,7 +413,7 @@ STAGES = {
     stage.__name__: stage
     for stage in (
         *(generate, annotate, train),
-        *(evaluate, annotate_evaluation, judge, kl, summarize, compare_seeds),
+        *(evaluate, annotate_evaluation, judge, kl_responses, annotate_kl, kl, summarize, compare_seeds),
         *(unpack, human_labels, reward_model, judge_model),
     )
 }

@@ -8,7 +8,9 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
 from html import escape
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -121,7 +123,7 @@ def test_page_holds_what_the_models_say(run_dir, results):
     for label, n in MODELS:
         for scored in ("rewards", "judge"):
             instances = json.loads(names.evaluation(run_dir, TEST, n, label, scored).read_text())["instances"]
-            assert all(f"{i['rewards'][0]:.2f}</span>" in page for i in instances)
+            assert all(f"{i['rewards'][0]:z.2f}</span>" in page for i in instances)
         assert all(f"<p>{escape(i['responses'][0])}</p>" in page for i in instances if i["responses"][0].strip())
     assert page.count("<article") == 2 * 4 * 4  # side by side; all four again as the best and worst of each model
 
@@ -188,6 +190,31 @@ def test_page_in_a_real_browser(results, chromium, tmp_path):
     browse(chromium, page, f"--screenshot={tmp_path}/page.png")
     pixels = imread(tmp_path / "page.png")[..., :3]
     assert pixels.shape[1] == 1300 and pixels.std() > 0.05
+
+
+def test_no_request_leaves_the_page(results, chromium, tmp_path):
+    """An image that a response might smuggle in is asked for, unless the page's own rule forbids it."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_error(404)
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        image = f'<img src="http://127.0.0.1:{server.server_port}/{{}}"></body>'
+        text = (results / "report.html").read_text()
+        open_page = re.sub("<meta http-equiv[^>]*>", "", text)
+        for name, content in {"kept": text, "open": open_page}.items():
+            page = tmp_path / f"{name}.html"
+            page.write_text(content.replace("</body>", image.format(name)))
+            browse(chromium, page, "--dump-dom")
+        server.shutdown()
+    assert asked == ["/open"]
 
 
 def test_given_checkpoints_without_a_training_run(run_dir, tmp_path, capsys):

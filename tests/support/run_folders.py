@@ -32,12 +32,12 @@ def write_answers(run_dir, model, rewards, part=TEST, judge="rewards", cut=False
     write_records(path, instances, {"generate": generate, "annotate": annotate | {"reward_name_or_path": judge}})
 
 
-def write_kl(run_dir, model, values, temperature=0.7, per_token=0.05, sha=None):
+def write_kl(run_dir, model, values, temperature=0.7, per_token=0.05, sha=None, **more):
     """Write the KL of a model, one value per prompt."""
     path = kl_file(run_dir, model)
     path.parent.mkdir(parents=True, exist_ok=True)
     settings = {"model_name_or_path": model.title, "temperature": temperature}
     settings |= {"responses_sha256": sha} if sha else {}
     stderr = float(np.std(values, ddof=1) / math.sqrt(len(values)))
-    result = {"kl": float(np.mean(values)), "stderr": stderr, "kl_per_token": per_token}
+    result = {"kl": float(np.mean(values)), "stderr": stderr, "kl_per_token": per_token, **more}
     write_json(path, result | {"kl_of_prompts": list(values), "settings": {"kl": settings}})

@@ -48,8 +48,15 @@ def test_a_difference_in_one_seed_only_is_not_clear(run_dir):
     # The judge's differences are -0.5, 0 and 0.5.
     effect, p, _ = found["judge"]["mixp"]
     assert effect.value == pytest.approx(0) and p > 0.5
-    words = verdict(runs, SAMPLERS, 2, found)
-    assert "mixp (+1" in words and "none of 1" in words
+    words = verdict(runs, SAMPLERS, 2, found)[0]
+    assert "mixp +1" in words and "second judge: none" in words
+
+
+def test_one_seed_shows_nothing(run_dir):
+    found = comparisons(read_runs(run_dir)[:1], SAMPLERS, 2, 0.1)
+    effect, p, _ = found["rewards"]["mixp"]
+    assert effect.value > 0.5 and effect.stderr is None and p is None
+    assert "mixp" not in " ".join(verdict(read_runs(run_dir)[:1], SAMPLERS, 2, found))
 
 
 def test_p_values_are_corrected_over_the_samplers(tmp_path):

@@ -42,7 +42,7 @@ def test_each_stage_reads_what_the_one_before_wrote():
             assert flag(generate, "--ref_model_name_or_path") == flag(train, "--ref_model") == base
             assert flag(generate, "--sampler") == sampler
             rewarded = f"/run/data/data_with_rewards_iter{n}_{sampler}.json"
-            assert values(annotate, "--output_file")[i] == flag(train, "--train_dir") == rewarded
+            assert values(annotate, "--output_file")[i] == flag(train, "--train_file") == rewarded
             assert flag(train, "--output_dir") == f"/run/models/rlhflow_iter{n}_{sampler}"
 
 
@@ -137,6 +137,36 @@ def test_evaluation_covers_every_model_on_test_and_train_prompts():
         assert flag(words, "--reward_name_or_path") == scorer
         assert values(words, "--dataset_name_or_path") == written
         assert values(words, "--output_file") == [name.replace(".json", f"{suffix}.json") for name in written]
+
+
+def test_given_checkpoints_are_evaluated_without_training():
+    models = {"one": "owner/one", "two": "/a=b/two"}
+    given = {"RUN_DIR": "/run", "GPUS": 1, "MODELS": " ".join(f"{name}={path}" for name, path in models.items())}
+    commands = dict(plan("sample_eval_safe_rlhf.sh", **given))
+    lines = in_turn(commands["evaluate"])
+    paths = ["PKU-Alignment/alpaca-7b-reproduced", *models.values()]
+    assert [flag(line, "--model_name_or_path") for line in lines] == paths
+    assert flag(lines[1], "--output_file") == "/run/eval/test_prompts/one.json"
+    assert values(commands["summarize"], "--models") == list(models) and "--samplers" not in commands["summarize"]
+    measured = in_turn(dict(plan("sample_kl.sh", **given))["kl"])
+    assert [flag(line, "--output_file") for line in measured] == [
+        "/run/results/kl_one.json",
+        "/run/results/kl_two.json",
+    ]
+    for wrong in ("one", "one=", "../one=x"):
+        assert "MODELS" in refused("sample_kl.sh", MODELS=wrong)
+
+
+def test_reward_and_kl_of_the_same_responses():
+    commands = dict(plan("sample_kl.sh", RUN_DIR="/run", GPUS=1, SCORE_KL=True))
+    sampled = [flag(line, "--output_file") for line in in_turn(commands["kl_responses"])]
+    assert len(sampled) == 10 and sampled[0] == "/run/eval/kl_prompts/base_iter0.json"
+    assert values(commands["annotate_kl"], "--dataset_name_or_path") == sampled
+    lines = in_turn(commands["kl"])
+    assert [flag(line, "--responses") for line in lines] == sampled[1:]
+    temperatures = {flag(line, "--temperature") for line in [*lines, *in_turn(commands["kl_responses"])]}
+    assert temperatures == {"0.7"} and not any("--dataset_name_or_path" in line for line in lines)
+    assert flag(commands["summarize"], "--margin_scale") == "4"
 
 
 def test_kl_is_measured_on_200_held_out_prompts():
@@ -319,6 +349,9 @@ def test_settings_reach_their_flags():
         "OPTIMIZER": ("adafactor", "--optim"),
         "DDP_TIMEOUT": ("60", "--ddp_timeout"),
         "MAX_STEPS": ("5", "--max_steps"),
+        "SAVE_MINUTES": ("20", "--save_minutes"),
+        "LABELS": ("sampled", "--labels"),
+        "LABEL_NOISE": ("0.25", "--label_noise"),
     }
     given = {name: value for name, (value, _) in train.items()}
     words = dict(plan(TRAIN, ITERS=1, USE_LORA=1, **given))["train 1 online"]
@@ -331,7 +364,7 @@ def test_settings_reach_their_flags():
     own = dict(plan(TRAIN, ITERS=1, REWARD_FUNCTION="rules.py:exact"))["annotate 1 online"]
     assert flag(own, "--reward_function") == "rules.py:exact" and "--reward_name_or_path" not in own
     trl = dict(plan(TRAIN, ITERS=1, TRAINER="trl", TRL_LOSS_TYPE="ipo"))["train 1 online"]
-    assert flag(trl, "--trl_loss_type") == "ipo" and "--loss_type" not in trl
+    assert flag(trl, "--loss_type") == "ipo"
     assert any(word.endswith("run_trl.py") for word in trl)
 
 

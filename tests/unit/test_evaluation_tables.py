@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 
 import numpy as np
 import pytest
@@ -121,6 +122,16 @@ def test_reward_kl_and_value_are_of_the_same_responses(run_dir):
         read_run(run_dir, MODELS)
 
 
+def test_the_published_estimate_of_the_kl_stands_beside_ours_where_it_is(run_dir):
+    path = kl_file(run_dir, ONLINE)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"published_kl": 7.0, "published_stderr": 0.5}))
+    run = read_run(run_dir, MODELS)
+    half = stats.t.ppf(0.975, 2) * 0.5
+    assert summary_row(run, ONLINE, 0.1)["published_kl"] == pytest.approx((7, 7 - half, 7 + half))
+    table = summary_table({m: summary_row(run, m, 0.1) for m in MODELS})
+    assert "KL as published" in table[0] and table[1][table[0].index("KL as published")] == MISSING
+
+
 def test_sampler_against_sampler_starts_at_its_own_models(run_dir):
     [_, row] = pairs_of(run_dir)
     assert row[0] == "online against mixp" and row[1].startswith("-1.00 [-1.00")
@@ -227,6 +238,10 @@ def test_what_cannot_be_compared_is_refused(run_dir, tmp_path_factory):
     path.write_text(kept)
     write_kl(run_dir, MIXP, [1.0, 2.0, 3.0], temperature=1.0)
     with pytest.raises(UserError, match="temperature=1.0"):
+        read_run(run_dir, MODELS)
+    for model, digests in {ONLINE: ["a", "b", "c"], MIXP: ["a", "b", "d"]}.items():
+        write_kl(run_dir, model, [1.0, 2.0, 3.0], prompts=digests)
+    with pytest.raises(UserError, match="prompts"):
         read_run(run_dir, MODELS)
     kl_file(run_dir, MIXP).write_text("{}")
     with pytest.raises(UserError, match="kl_of_prompts"):

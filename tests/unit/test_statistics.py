@@ -182,6 +182,17 @@ def test_matched_kl_of_straight_lines():
     assert found.at[1:] == pytest.approx(per_prompt.interval[1:], abs=0.2 * per_prompt.half)
 
 
+def test_paired_rewards_and_kl_are_resampled_together():
+    """Prompts on which the reward is as much higher as the KL leave the difference at equal KL as it is."""
+    more = np.random.default_rng(0).normal(0, 0.2, 60)
+    more -= more.mean()
+    line = Curve(np.array([[1.0], [3.0]]) + more, np.array([[1.0], [3.0]]) + more, paired=True)
+    flat = Curve(np.zeros((2, 60)), np.array([[0.5], [2.0]]) + np.zeros(60), paired=True)
+    widths = [(at := matched_kl(*curves, 0).at).high - at.low
+              for curves in ((line, flat), (line._replace(paired=False), flat))]  # fmt: skip
+    assert widths[0] == pytest.approx(0, abs=1e-9) and widths[1] > 0.05
+
+
 def test_uncertain_kl_widens_the_interval():
     sharp = constant_curve([1.0, 3.0], [0.0, 4.0], noise=0.0)
     blurred = sharp._replace(kl=sharp.kl + np.random.default_rng(0).normal(0, 0.5, sharp.kl.shape))

@@ -1,0 +1,35 @@
+"""Given checkpoints beside their base model, through the real drivers: no training, reward and KL of one policy."""
+
+import csv
+import json
+import statistics
+
+import pytest
+from commands import bash, settings
+from driver_runs import EVALUATE, KL, inputs, save_inputs
+from tiny import save_tiny_policy
+
+from scripts import names
+
+
+def test_a_checkpoint_is_evaluated_without_training(tmp_path):
+    save_inputs(tmp_path)
+    theirs = save_tiny_policy(tmp_path / "theirs", seed=7, sharpness=5.0)
+    run_dir = tmp_path / "run"
+    given = inputs(tmp_path) | {"RUN_DIR": run_dir, "MODELS": f"theirs={theirs}", "SCORE_KL": True, "BACKEND": "hf"}
+    for driver in (KL, EVALUATE):
+        result = bash(f"alignment/{driver}", *settings(**given))
+        assert result.returncode == 0, f"{driver}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
+    assert not (run_dir / "models").exists()
+    rows = {row["sampler"]: row for row in csv.DictReader((run_dir / "results/summary.csv").open())}
+    assert list(rows) == ["base", "theirs"]
+    kl = json.loads(names.kl(run_dir, None, "theirs").read_text())["kl"]
+    instances = json.loads(names.evaluation(run_dir, "kl_prompts", None, "theirs", "rewards").read_text())[
+        "instances"
+    ]
+    reward = statistics.fmean(i["rewards"][0] for i in instances)
+    resolved = (run_dir / "settings.yaml").read_text()
+    beta, scale = (float(resolved.split(f"\n{name}: ")[1].split("\n")[0]) for name in ("BETA", "MARGIN_SCALE"))
+    assert kl > 0 and float(rows["theirs"]["kl"]) == pytest.approx(kl)
+    assert float(rows["theirs"]["value"]) == pytest.approx(reward - beta / scale * kl)
+    assert (run_dir / "results/report.html").exists()
