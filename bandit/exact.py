@@ -83,11 +83,11 @@ def compiled_setup(bandit: Bandit, sampler: Sampler, lr: Rate) -> kernel.Setup |
     if len(law.terms) > (2 if law.normalised else 1):
         return None
     envs, num_actions = bandit.rewards.shape
-    slopes, bases = np.zeros((2, 2, 2)), np.zeros((envs, 2, 2, num_actions))
+    slopes, bases = np.zeros((2, 2, 2)), np.zeros((envs, 4, num_actions))
     for k, (_, *arms) in enumerate(law.terms):
         for side, arm in enumerate(arms):
             slopes[k, side] = arm.of_u, arm.of_before
-            bases[:, k, side] = arm.base
+            bases[:, 2 * k + side] = arm.base
     rates = (1.0 if lr == "matched" else 2 * sampler.alpha) if isinstance(lr, str) else lr
     limit = np.full(envs, np.inf) if law.limit is None else law.limit[:, 0].copy()
     centre = (bandit.rewards.max(axis=1, keepdims=True) + bandit.rewards.min(axis=1, keepdims=True)) / 2
@@ -107,6 +107,7 @@ def compiled_setup(bandit: Bandit, sampler: Sampler, lr: Rate) -> kernel.Setup |
         bases=bases,
         normalised=law.normalised,
         fixed=law.fixed,
+        powers_of_state=not law.normalised and slopes[0].tolist() == [[1, 0], [-1, 0]] and not bases.any(),
         limit=limit,
     )
 

@@ -68,9 +68,10 @@ class Setup(NamedTuple):
         constant: weight that all pairs have.
         masses: [2], 0 where there is no term k; a_k carries it.
         slopes, bases: log a_k or b_k = slopes[k, side] . (u, u before the last update) + bases[k, side], centred;
-            [2, 2, 2] and [envs, 2, 2, |Y|].
+            [2, 2, 2] and [envs, 4, |Y|].
         normalised: a_k and b_k are made to sum to 1; else there is one term at most.
         fixed: no slope differs from 0.
+        powers_of_state: the only term is a = exp(u), b = exp(-u).
         limit: |log a_k b_k'| is clipped to it (inf: it is not), [envs].
     """
 
@@ -89,6 +90,7 @@ class Setup(NamedTuple):
     bases: np.ndarray
     normalised: bool
     fixed: bool
+    powers_of_state: bool
     limit: np.ndarray
 
 
@@ -128,31 +130,23 @@ def weigh_arm(logs, shift, normalised, arm, bits):
 
 
 @compiled
-def weigh_arms(masses, slopes, bases, normalised, limit, x, before, arms, logs, bits):
-    """Fill arms [2 terms, 2 sides, |Y|]; return S and the law's scale: weights are w = exp(S) sum (a b' + b a').
+def weigh_term(mass, slopes, base_a, base_b, normalised, limit, x, before, a, b, log_a, log_b, bits):
+    """Fill a and b [|Y|] of one term at the state x; return S and the largest of exp(S) (a b' + b a').
 
-    Where the weights are clipped at |log a b'| = limit, S is at most that. The scale multiplies w for `matched` and
-    `theory`: exp(S), or, normalised, one over the largest weight. logs [2, |Y|] are overwritten.
+    Where the weights are clipped at |log a b'| = limit, S is at most that. log_a and log_b are overwritten.
     """
-    largest, log_scale = 0.0, 0.0
-    for k in range(2):
-        if masses[k] > 0:
-            top, highs = 2 * masses[k], 0.0
-            for side in range(2):
-                of_u, of_before, base, log = slopes[k, side, 0], slopes[k, side, 1], bases[k, side], logs[side]
-                for y in range(x.size):
-                    log[y] = of_u * x[y] + of_before * before[y] + base[y]
-                highs += extent(log)[1]
-            log_scale = 0.0 if normalised else min(highs, limit)
-            for side in range(2):
-                shift = -extent(logs[side])[1]
-                if not normalised:
-                    shift += (highs - log_scale) / 2
-                top *= weigh_arm(logs[side], shift, normalised, arms[k, side], bits)
-            for y in range(x.size):
-                arms[k, 0, y] *= masses[k]
-            largest += top
-    return log_scale, (1 / largest if normalised else math.exp(log_scale))
+    for y in range(x.size):
+        log_a[y] = slopes[0, 0] * x[y] + slopes[0, 1] * before[y] + base_a[y]
+        log_b[y] = slopes[1, 0] * x[y] + slopes[1, 1] * before[y] + base_b[y]
+    high_a, high_b = extent(log_a)[1], extent(log_b)[1]
+    log_scale = 0.0 if normalised else min(high_a + high_b, limit)
+    shift = 0.0 if normalised else (high_a + high_b - log_scale) / 2
+    top = weigh_arm(log_a, shift - high_a, normalised, a, bits) * weigh_arm(
+        log_b, shift - high_b, normalised, b, bits
+    )
+    for y in range(x.size):
+        a[y] *= mass
+    return log_scale, 2 * mass * top
 
 
 @compiled
@@ -227,21 +221,33 @@ def iterate(setup, u, before, last, series):
     s, (envs, num_actions) = setup, u.shape
     # Rows by index: unpacked, numba would not know that they are contiguous.
     work, bits = np.zeros((10, num_actions)), np.empty(num_actions, np.int64)
-    arms, logs = work[:4].reshape(2, 2, num_actions), work[4:6]
+    a, b, c, d, logs, log_b = work[0], work[1], work[2], work[3], work[4], work[5]
     x, e, delta, pi = work[6], work[7], work[8], work[9]
-    a, b, c, d = work[0], work[1], work[2], work[3]
-    masses, slopes, normalised, fixed, beta, keep = s.masses, s.slopes, s.normalised, s.fixed, s.beta, s.keep
+    masses, first, second, normalised, beta, keep = s.masses, s.slopes[0], s.slopes[1], s.normalised, s.beta, s.keep
     for env in range(envs):
-        rewards, powers, bases, limit, rate = s.rewards[env], s.powers[env], s.bases[env], s.limit[env], s.rates[env]
+        rewards, powers, limit, rate = s.rewards[env], s.powers[env], s.limit[env], s.rates[env]
+        base_a, base_b, base_c, base_d = s.bases[env, 0], s.bases[env, 1], s.bases[env, 2], s.bases[env, 3]
         log_ref, log_optimum, optimum = s.log_ref[env], s.log_optimum[env], s.optimum[env]
         state, past, force = u[env], before[env], last[env]
         low, high = extent(rewards)
         widest = WIDEST - (high - low)
-        log_scale, scale = 0.0, 1.0
+        log_scale, largest, other = 0.0, 0.0, 0.0
         for t in range(series.shape[2]):
             width = centre(state, x, e, bits)
-            if t == 0 or not fixed:
-                log_scale, scale = weigh_arms(masses, slopes, bases, normalised, limit, x, past, arms, logs, bits)
+            if s.powers_of_state:  # DPO-Mix-P and its like: no more exponentials
+                log_scale = min(width, limit)
+                half = math.exp(-log_scale / 2)
+                for y in range(num_actions):
+                    a[y], b[y] = masses[0] * half * e[y], half / e[y]
+            elif (t == 0 or not s.fixed) and masses[0] > 0:
+                log_scale, largest = weigh_term(
+                    masses[0], first, base_a, base_b, normalised, limit, x, past, a, b, logs, log_b, bits
+                )
+            if (t == 0 or not s.fixed) and masses[1] > 0:
+                _, other = weigh_term(
+                    masses[1], second, base_c, base_d, normalised, limit, x, past, c, d, logs, log_b, bits
+                )
+            scale = 1 / (largest + other) if normalised else math.exp(log_scale)
             constant = s.constant * math.exp(-log_scale)
             cap = constant + math.exp(limit - log_scale) + math.exp(-limit - log_scale)
             for y in range(num_actions):
@@ -252,7 +258,7 @@ def iterate(setup, u, before, last, series):
                 total, distance = sum_wide_pairs(delta, x, rewards, keep, constant, cap, a, b, c, d, force)
             low, high = extent(delta)
             series[0, env, t] = distance / num_actions**2
-            series[2, env, t] = gap_of_value(x, beta, log_ref, log_optimum, optimum, logs[0], pi, bits)
+            series[2, env, t] = gap_of_value(x, beta, log_ref, log_optimum, optimum, logs, pi, bits)
             series[3, env, t] = high - low
             gain = gain_of(s.by_rule, rate, beta, num_actions, scale, total)
             for y in range(num_actions):
@@ -266,15 +272,46 @@ def fill_cells(setup, u, before, win_margins, cells, steps):
     """Fill cells [envs, |Y|, |Y|], the probabilities of (winner, loser) at u, and steps [envs]: gain * Z."""
     s, (envs, num_actions) = setup, u.shape
     work, bits = np.zeros((8, num_actions)), np.empty(num_actions, np.int64)
-    arms, logs, x, e = work[:4].reshape(2, 2, num_actions), work[4:6], work[6], work[7]
-    a, b, c, d = work[0], work[1], work[2], work[3]
+    a, b, c, d, logs, log_b, x, e = work[0], work[1], work[2], work[3], work[4], work[5], work[6], work[7]
+    masses, slopes, bases = s.masses, s.slopes, s.bases
     for env in range(envs):
+        past, limit, log_scale, largest, other = before[env], s.limit[env], 0.0, 0.0, 0.0
         centre(u[env], x, e, bits)
-        log_scale, scale = weigh_arms(
-            s.masses, s.slopes, s.bases[env], s.normalised, s.limit[env], x, before[env], arms, logs, bits
-        )
+        if masses[0] > 0:
+            log_scale, largest = weigh_term(
+                masses[0],
+                slopes[0],
+                bases[env, 0],
+                bases[env, 1],
+                s.normalised,
+                limit,
+                x,
+                past,
+                a,
+                b,
+                logs,
+                log_b,
+                bits,
+            )
+        if masses[1] > 0:
+            _, other = weigh_term(
+                masses[1],
+                slopes[1],
+                bases[env, 2],
+                bases[env, 3],
+                s.normalised,
+                limit,
+                x,
+                past,
+                c,
+                d,
+                logs,
+                log_b,
+                bits,
+            )
+        scale = 1 / (largest + other) if s.normalised else math.exp(log_scale)
         constant, cell, margins, total = s.constant * math.exp(-log_scale), cells[env], win_margins[env], 0.0
-        cap = constant + math.exp(s.limit[env] - log_scale) + math.exp(-s.limit[env] - log_scale)
+        cap = constant + math.exp(limit - log_scale) + math.exp(-limit - log_scale)
         for i in range(num_actions):
             ai, bi, ci, di = a[i], b[i], c[i], d[i]
             for j in range(num_actions):

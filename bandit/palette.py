@@ -35,8 +35,8 @@ COLORS = {
     "best-worst": _BLACK,
     "implicit-best-worst": _GREY,
     "random-pairs": _INDIGO,
-    "theory": "#CC3311",
-    "theory-mix": "#EE7733",
+    "theory": "#882255",
+    "theory-mix": "#AA4499",
     "nash-md": "#0077BB",
 }
 

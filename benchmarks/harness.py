@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 PROJECT = Path(__file__).resolve().parents[1]
 ASSETS = PROJECT / "alignment/assets"
-# Without the scripts' own folder: there `generation` and `bandit` are benchmarks, not the packages of that name.
+# Without the scripts' own folder: its files are no packages.
 sys.path[:] = [
     str(PROJECT / "alignment"),
     *(p for p in sys.path if Path(p).resolve() != PROJECT / "benchmarks"),

@@ -12,7 +12,7 @@ PYTHON=$PWD/.venv/bin/python
 [[ -x $PYTHON ]] || die "no environment: run 'bash setup.sh cpu' first"
 [[ -d alignment/assets/judge ]] || die "no models: run 'bash alignment/scripts/quickstart_assets.sh' first"
 STAGES=("$@")
-if ((${#STAGES[@]} == 0)); then STAGES=(generation annotation training kl bandit memory); fi
+if ((${#STAGES[@]} == 0)); then STAGES=(generation_rates annotation training kl bandit_updates memory); fi
 for stage in "${STAGES[@]}"; do [[ -f benchmarks/$stage.py ]] || die "no benchmark '$stage'"; done
 
 RESULTS=benchmarks/results/$("$PYTHON" benchmarks/machine.py --name).md

@@ -82,19 +82,18 @@ COMMON = {
 
 def trl_trainer(model: str, rows: list[dict], batch: int, output_dir: str, reference: bool):
     """trl's DPOTrainer on the rows' token ids; `reference`: a reference model in every step, as is its default."""
-    from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer
+    from trl import DPOConfig
+
+    from dpo_iteration.run_trl import OnIds
 
     options = {**COMMON, "precompute_ref_log_probs": not reference, "per_device_train_batch_size": batch}
-    trainer = DPOTrainer(
+    return OnIds(
         model=load_causal_lm(model, "--model", "float32"),
         ref_model=load_causal_lm(model, "--model", "float32") if reference else None,
         args=DPOConfig(output_dir=output_dir, **options),
-        train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
+        train_dataset=arrow(rows),
         processing_class=load_tokenizer(model, "--model"),
     )
-    trainer.train_dataset = Dataset.from_list(rows)  # its collator takes ids: both sides get the same
-    return trainer
 
 
 def our_options(model: str, batch: int, output_dir: str):

@@ -4,6 +4,8 @@ A folder with `adapter_config.json` holds an adapter. It is merged once; the mer
 cache, under a name made from the content of adapter and base, so that a changed one is merged anew.
 """
 
+from __future__ import annotations
+
 import contextlib
 import fcntl
 import hashlib
@@ -11,10 +13,15 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.cli import UserError, first_line
 from common.provenance import fingerprint, folder_sha256
 from common.records import read_json, writing
+
+if TYPE_CHECKING:  # torch and what builds on it are loaded where an adapter is merged
+    import torch
+    from peft import PeftModel
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -98,7 +105,9 @@ def _merge_into(merged: Path, base: str, folder: Path, what: str, trust_remote_c
         unfinished.rename(merged)
 
 
-def save_merged(model, adapter: Path, folder: Path, dtype: str, what: str, trust_remote_code: bool = False) -> None:
+def save_merged(
+    model: torch.nn.Module, adapter: Path, folder: Path, dtype: str, what: str, trust_remote_code: bool = False
+) -> None:
     """Write base and adapter as whole weights.
 
     Args:
@@ -132,7 +141,7 @@ def save_merged(model, adapter: Path, folder: Path, dtype: str, what: str, trust
     refuse_other_logits(rounded, _logits(saved), f"{what}: saving")
 
 
-def _untie(adapted) -> None:
+def _untie(adapted: PeftModel) -> None:
     """Give head and embedding weights of their own where an adapter changes one of them: one matrix holds no two."""
     import torch
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -149,7 +158,7 @@ def _untie(adapted) -> None:
     model.all_tied_weights_keys = {}
 
 
-def _logits(model):
+def _logits(model: torch.nn.Module) -> torch.Tensor:
     """Return a model's float32 logits [1, T, V] on a few of its tokens."""
     import torch
 
@@ -159,7 +168,7 @@ def _logits(model):
         return model(input_ids=ids, use_cache=False).logits.float()
 
 
-def refuse_other_logits(wanted, got, what: str) -> None:
+def refuse_other_logits(wanted: torch.Tensor, got: torch.Tensor, what: str) -> None:
     """Raise `UserError` unless two models' logits are equal to rounding."""
     off = (wanted - got).abs().max().item() if wanted.shape == got.shape else float("inf")
     if not off <= 1e-3 * (1 + wanted.abs().max().item()):

@@ -11,6 +11,7 @@ Usage in a script::
 """
 
 import argparse
+import logging
 import os
 import signal
 import sys
@@ -28,6 +29,8 @@ ENVIRONMENT = {
 }
 for _name, _value in ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
+# On a CPU it warns, wherever it is installed, of a kernel that nothing here uses; standard error is for errors.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 class UserError(Exception):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from common.adapters import whole_model
@@ -22,7 +23,7 @@ from dpo_iteration import checkpoints
 from dpo_iteration.distributed import on_main, say, whole_models
 from dpo_iteration.options import DataOptions
 from dpo_iteration.pairs import CHOOSE_TYPES, choose_all
-from dpo_iteration.policy import precision
+from dpo_iteration.policy import check_adapter, precision
 from dpo_iteration.reference import implicit_rewards
 from dpo_iteration.rows import Encoder, build_rows, open_rows, write_rows
 
@@ -35,12 +36,9 @@ def read_data(options: DataOptions) -> RecordStream:
         options.choose_type = data.settings.get("generate", {}).get("choose_type") or "max_min"
         if options.choose_type not in CHOOSE_TYPES:
             raise UserError(f"{options.train_file}: its sampler's choose_type {options.choose_type!r} is unknown")
-    return on_main(RecordStream, options.train_file, (*needed, "pairs")) if needs_pairs(options) else data
-
-
-def needs_pairs(options: DataOptions) -> bool:
-    """Return whether the choice looks at the component of the sampler that a response came from."""
-    return options.choose_type == "mixed_max_min"
+    if options.choose_type == "mixed_max_min":  # it looks at the component that a response came from
+        return on_main(RecordStream, options.train_file, (*needed, "pairs"))
+    return data
 
 
 def make_encoder(options: DataOptions, training: TrainingArguments, data: RecordStream) -> Encoder:
@@ -49,6 +47,8 @@ def make_encoder(options: DataOptions, training: TrainingArguments, data: Record
     with whole_models(training):  # an adapter is merged once, by the first process
         for what, name in names.items():
             on_main(whole_model, name, what, options.trust_remote_code)
+        if options.use_lora:
+            on_main(check_adapter, options)
     configs = [load_config(name, what, options.trust_remote_code) for what, name in names.items()]
     tokenizers = [load_tokenizer(name, what, options.trust_remote_code) for what, name in names.items()]
     check_same_vocabulary(*tokenizers)
@@ -139,11 +139,11 @@ def _write_rows(
     if not count:
         raise UserError(f"{options.train_file}: no prompt has two different responses with unequal rewards")
     rows = open_rows(path)
-    if not all(rows["prompt_ids"]):
+    if pc.min(pc.list_value_length(rows.data.column("prompt_ids"))).as_py() == 0:
         raise UserError(f"{options.train_file}: a prompt has no tokens, so nothing predicts its responses")
     if options.eval_fraction and len(rows.unique("prompt")) < 2:
         raise UserError(f"--eval_fraction {options.eval_fraction}: there is only one prompt")
-    longest = max(rows["length"])
+    longest = pc.max(rows.data.column("length")).as_py()
     if encoder.context is not None and longest > encoder.context:
         raise UserError(
             f"--max_length {options.max_length}: a row has {longest} tokens, the models read {encoder.context}"

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import datasets
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor
@@ -31,7 +32,9 @@ class DPOTrainer(Trainer):
     # compute_loss divides by the pairs of the whole step, so the Trainer must not divide again.
     loss_is_scaled_for_ga = True
 
-    def __init__(self, beta: float, loss_type: str, share: bool, train_dataset, **options) -> None:
+    def __init__(
+        self, beta: float, loss_type: str, share: bool, train_dataset: datasets.Dataset, **options: object
+    ) -> None:
         super().__init__(train_dataset=PaddedRows(train_dataset), **options)
         self.beta, self.loss_type = beta, loss_type
         self.share = None if share else False  # None: not decided yet
@@ -73,7 +76,11 @@ class DPOTrainer(Trainer):
         return (loss, metrics) if return_outputs else loss
 
     def prediction_step(
-        self, model: torch.nn.Module, inputs: dict[str, Tensor], prediction_loss_only: bool, ignore_keys=None
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
         """Return the loss of an evaluation batch; nothing else is kept."""
         with torch.no_grad():

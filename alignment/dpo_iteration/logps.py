@@ -22,6 +22,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -134,14 +135,14 @@ class _TokenLogps(torch.autograd.Function):
     """The gradient is written down: autograd's would pass over the logits' memory twice as often."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, labels: Tensor, rows: int) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, rows: int) -> Tensor:
         normalizers = torch.cat([part.float().logsumexp(-1) for part in logits.split(rows)])
         ctx.save_for_backward(logits, labels, normalizers)
         ctx.rows = rows
         return logits.gather(-1, labels[:, None]).squeeze(-1).float() - normalizers
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         """Return d log p(label) / d logits = [label] - p."""
         logits, labels, normalizers = ctx.saved_tensors
         gradient = torch.empty_like(logits)

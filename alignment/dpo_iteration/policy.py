@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import BitsAndBytesConfig, PreTrainedModel, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TrainingArguments, set_seed
 
 from common.cli import UserError, first_line
-from common.models import load_causal_lm, make_savable
+from common.models import load_causal_lm, load_config, make_savable
 from dpo_iteration.options import DataOptions
 
 if TYPE_CHECKING:  # seconds, and only an adapter needs it
@@ -52,6 +52,14 @@ def with_adapter(model: PreTrainedModel, options: DataOptions) -> PeftModel:
         raise UserError(f"--lora_target_modules {options.lora_target_modules}: {first_line(error)}") from None
 
 
+def check_adapter(options: DataOptions) -> None:
+    """Raise `UserError` for an adapter that the policy has no modules for: tried on a model without weights."""
+    config = load_config(options.model_name_or_path, "--model_name_or_path", options.trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=options.trust_remote_code)
+        with_adapter(model, options)
+
+
 def lora_config(options: DataOptions) -> LoraConfig:
     """Return the adapter that the flags ask for."""
     from peft import LoraConfig
@@ -76,8 +84,13 @@ def four_bit_config(dtype: str) -> BitsAndBytesConfig:
 
 
 def load_base(options: DataOptions) -> PreTrainedModel:
-    """Return the model that an adapter was trained on, in float32: of 4-bit weights, what they stand for."""
-    four_bit = {"quantization_config": four_bit_config("float32")} if options.load_in_4bit else {}
+    """Return the model that an adapter was trained on, in float32: of 4-bit weights, what they stand for.
+
+    It stays off the GPU, where the trained policy still is.
+    """
+    four_bit = {}
+    if options.load_in_4bit:
+        four_bit = {"quantization_config": four_bit_config("float32"), "device_map": {"": "cpu"}}
     base = load_causal_lm(
         options.model_name_or_path, "--model_name_or_path", "float32", options.trust_remote_code, **four_bit
     )

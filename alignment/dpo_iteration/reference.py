@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from common.adapters import whole_model
 from common.cli import UserError
 from common.models import give_memory_back, load_causal_lm
 from common.records import read_json, write_json
@@ -75,7 +76,8 @@ def cache_key(rows: datasets.Dataset, model: str, precision: Precision) -> dict:
     ids = hashlib.sha256()
     for batch in rows.select_columns(list(IDS)).iter(1000):
         ids.update(json.dumps([batch[name] for name in IDS]).encode())
-    files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
+    folder = Path(whole_model(model, "model"))  # of an adapter, the merged weights
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     return {
         "model": model,
         "weights": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],

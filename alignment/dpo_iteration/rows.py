@@ -15,6 +15,7 @@ from pathlib import Path
 import datasets
 import torch
 from datasets.arrow_writer import ArrowWriter
+from transformers import PreTrainedTokenizerBase
 
 from common.models import encode_prompt, encode_response
 from common.records import writing
@@ -42,7 +43,7 @@ class Encoder:
         knows_ends: whether any instance told why its responses stopped.
     """
 
-    tokenizer: object
+    tokenizer: PreTrainedTokenizerBase
     max_prompt_length: int
     max_length: int
     sampled: bool = False
@@ -97,7 +98,7 @@ def build_rows(
         }
 
 
-def trim_prompt(tokenizer, ids: list[int], limit: int, counts: Counter) -> list[int]:
+def trim_prompt(tokenizer: PreTrainedTokenizerBase, ids: list[int], limit: int, counts: Counter) -> list[int]:
     """Return the last `limit` tokens of a prompt, the first of which is still BOS where the prompt began with it."""
     if len(ids) <= limit:
         return ids

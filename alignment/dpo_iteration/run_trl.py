@@ -12,6 +12,7 @@ unless `--precompute_ref_log_probs True`.
 On several GPUs: accelerate launch --config_file alignment/configs/zero3.yaml --num_processes 8 <the same>.
 """
 
+import re
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -79,9 +80,12 @@ def main(arguments: list[str] | None = None) -> None:
     rows = make_rows(options, training, data, encoder)
     prepare_training(options, training, checkpoints.work_dir(output_dir))
     on_main(start_wandb, training)
-    trainer = make_trainer(
-        options, training, encoder.tokenizer, *split_by_prompt(rows, options.eval_fraction, training.seed)
-    )
+    both = split_by_prompt(rows, options.eval_fraction, training.seed)
+    try:
+        trainer = make_trainer(options, training, encoder.tokenizer, *both)
+    except UserError:
+        on_main(checkpoints.give_up, output_dir)
+        raise
     train(trainer, options, output_dir)
     del lock
 
@@ -92,6 +96,10 @@ def parse(arguments: list[str] | None) -> tuple[DataOptions, TRLArguments]:
     for name, why in TRL_REFUSED.items():
         if getattr(training, name) is not None:
             raise UserError(f"--{name}: {why}")
+    known = re.findall(r"`'(\w+)'`", DPOConfig.__dataclass_fields__["loss_type"].metadata["help"])
+    for loss in training.loss_type:
+        if known and loss not in known:  # TRL would say so at its first step
+            raise UserError(f"--loss_type {loss}: TRL has {', '.join(known)}")
     if options.labels == "margin" and options.label_noise:
         raise UserError("--label_noise: TRL's losses do not look at the margin; --labels sampled draws labels")
     training.max_length = training.max_length or 512

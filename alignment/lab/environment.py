@@ -17,7 +17,7 @@ class Setting:
     optimizer: str = field(default="adam", metadata={"help": "adam (0.9, 0.99) or sgd; the lr falls linearly to 0"})
     beta: float = field(default=0.3, metadata={"help": "KL coefficient of value and loss"})
     updates: int = field(default=150, metadata={"help": "updates in all"})
-    pairs: int = field(default=32, metadata={"help": "labelled pairs per update"})
+    pairs: int = field(default=32, metadata={"help": "labelled pairs per update; 0: the exact expected gradient"})
     iterations: int = field(
         default=0, metadata={"help": "sampling rounds; responses come from the round's first policy. 0: every update"}
     )

@@ -45,7 +45,7 @@ def main() -> None:
     args = parser().parse_args()
     setting = checked(Setting(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Setting)}))
     lrs = args.lrs or LRS[setting.learner, setting.optimizer]
-    check_samplers(args.samplers)
+    check_samplers(args.samplers, setting.pairs)
     torch.set_num_threads(args.threads)
     rows = run_cell(setting, args.samplers, lrs, list(range(args.first_seed, args.first_seed + args.seeds)),
                     args.compile, Path(args.output_dir))  # fmt: skip
@@ -90,6 +90,7 @@ def checked(setting: Setting) -> Setting:
         "--epochs must divide the updates of a sampling round": (setting.updates // rounds) % setting.epochs,
         "--quality: from -1 to 1": abs(setting.quality) > 1,
         "--label_noise: from 0 to 0.5": not 0 <= setting.label_noise <= 0.5,
+        "--pairs 0: with --loss sigmoid only": not setting.pairs and setting.loss != "sigmoid",
         "--beta and --temperature must be above 0": not (setting.beta > 0 and setting.temperature > 0),
     }
     for problem, holds in problems.items():
@@ -98,13 +99,15 @@ def checked(setting: Setting) -> Setting:
     return setting
 
 
-def check_samplers(names: list[str]) -> None:
+def check_samplers(names: list[str], pairs: int) -> None:
     """Check the names; `online` must be among them, since all are compared with it."""
     for name in names:
         try:
             lab_sampler(name)
         except ValueError as error:
             raise UserError(f"--samplers: {error}; of the lab alone: {', '.join(LAB_ONLY)}") from None
+    if not pairs and any(lab_sampler(name).row.candidates > 2 or lab_sampler(name).bonus for name in names):
+        raise UserError("--pairs 0: for samplers of two candidates without a bonus only")
     if "online" not in names:
         raise UserError("--samplers: online must be among them, the others are compared with it")
 

@@ -55,6 +55,7 @@ def ladder() -> dict[str, Cell]:
 
 
 ADAM = grid(0.001)
+EXACT = ["online", "gshf", "mixp", "theory", "offline"]
 CELLS = {
     "main": Cell("main", Setting(), ALL),
     **ladder(),
@@ -64,6 +65,9 @@ CELLS = {
     "noise_0.2": Cell("noise", Setting(label_noise=0.2), FEW, ADAM),
     "rounds_3": Cell("staleness", Setting(iterations=3), FEW, ADAM),
     "choices": Cell("choices", Setting(), CHOICES, ADAM),
+    # No labels, no noise: what is left is curvature.
+    "exact": Cell("exact", Setting(pairs=0), EXACT, grid(0.002, 4)),
+    "exact_table": Cell("exact", Setting(pairs=0, learner="table", optimizer="sgd"), EXACT, grid(200.0, 8)),
     "labels_19200": Cell("labels", Setting(updates=600), FEW, ADAM),
 }
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from lab.environment import Environment, Setting, exact_values
 from lab.learners import Transformer, make_learner
-from lab.sampling import ALPHA, LabSampler, Weights, choose_two, draw_responses, first_wins, lab_sampler
+from lab.sampling import ALPHA, LabSampler, Weights, choose_two, draw_responses, first_wins, lab_sampler, pair_law
 
 from dpo_iteration.losses import LOSSES
 from generation.sampling import stream_seed
@@ -112,8 +112,11 @@ def train(setting: Setting, env: Environment, learner: Callable, runs: Runs) -> 
             previous = nodes.detach()
             if setting.restart:
                 optimizer = OPTIMIZERS[setting.optimizer](parameters)
-        batch = data.batch(setting, number, step, per_round)
-        (gradient,) = torch.autograd.grad(loss_of(setting, env, runs, logps, batch), parameters)
+        if setting.pairs:
+            loss = loss_of(setting, env, runs, logps, data.batch(setting, number, step, per_round))
+        else:
+            loss = (logps * expected_gradient(setting, env, runs, logps.detach(), *data)).sum()
+        (gradient,) = torch.autograd.grad(loss, parameters)
         done, last = (step, per_round) if setting.restart else (update, setting.updates)
         optimizer((runs.lrs * (1 - done / last)).unsqueeze(1), gradient)
     with torch.no_grad():
@@ -156,15 +159,20 @@ class Pairs:
 
 def collect(
     setting: Setting, env: Environment, runs: Runs, weights: Weights, logps, nodes, previous, number: int
-) -> Pairs:
-    """Draw, choose and label the pairs of sampling round `number` with the current policy."""
+) -> Pairs | tuple[torch.Tensor, torch.Tensor]:
+    """Draw, choose and label the pairs of sampling round `number` with the current policy.
+
+    With --pairs 0: return what the law is made of instead, the next-token log-probabilities of both models.
+    """
+    follows = torch.tensor([s.row.second_model == "previous" for s in runs.samplers]).view(-1, 1, 1, 1)
+    second = torch.where(follows, previous, env.ref_nodes[runs.seeds])
+    if not setting.pairs:
+        return nodes, second
     rounds = setting.iterations or setting.updates
     count = setting.pairs * setting.updates // rounds // setting.epochs
     candidates = runs.samplers[0].row.candidates
     prompts = torch.arange(count) % setting.prompts
     uniforms = random_numbers(runs, number, (count, 2 + candidates * setting.length))
-    follows = torch.tensor([s.row.second_model == "previous" for s in runs.samplers]).view(-1, 1, 1, 1)
-    second = torch.where(follows, previous, env.ref_nodes[runs.seeds])
     tokens = uniforms[..., 2:].unflatten(-1, (candidates, setting.length))
     drawn = draw_responses(nodes, second, prompts, weights.draw(uniforms[..., 0]), tokens, setting.temperature)
     drawn = chosen_two(env, runs, logps, prompts, drawn, number)
@@ -218,6 +226,25 @@ def loss_of(setting: Setting, env: Environment, runs: Runs, logps: torch.Tensor,
     h = (chosen - ref_chosen) - (rejected - ref_rejected)
     losses = LOSSES[setting.loss](h, margin, setting.beta, chosen, rejected)
     return (losses.mean(1) + ALPHA * setting.beta * bonus_of(env, runs, logps, batch)).sum()
+
+
+def expected_gradient(setting: Setting, env: Environment, runs: Runs, logps, nodes, second) -> torch.Tensor:
+    """Return the gradient of the expected loss in the responses' log-probabilities [B, P, N]: no draws, no noise.
+
+    Of `sigmoid` on Bradley-Terry labels: -beta / P sum_y' (w + w^T) (P*(y beats y') - sigma(beta h)), w the pair law.
+    """
+    gradient = torch.empty_like(logps)
+    for run, (sampler, seed) in enumerate(zip(runs.samplers, runs.seeds.tolist(), strict=True)):
+        part = slice(run, run + 1)
+        law = pair_law(sampler.row, setting.beta, nodes[part], second[part], setting.length, setting.temperature)[0]
+        rewards, u = env.rewards[seed].float(), setting.beta * (logps[run] - env.ref_logps[seed].float())
+        wins = (
+            setting.label_noise
+            + (1 - 2 * setting.label_noise) * (rewards.unsqueeze(-1) - rewards.unsqueeze(-2)).sigmoid()
+        )
+        forces = (law + law.mT) * (wins - (u.unsqueeze(-1) - u.unsqueeze(-2)).sigmoid())
+        gradient[run] = -setting.beta / setting.prompts * forces.sum(-1)
+    return gradient
 
 
 def bonus_of(env: Environment, runs: Runs, logps: torch.Tensor, batch: Pairs) -> torch.Tensor:

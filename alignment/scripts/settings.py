@@ -204,12 +204,12 @@ class Settings:
 
     # Training
     TRAINER: str = setting("ours", one_of("ours", "trl"), "ours: run_dpo.py; trl: TRL's DPOTrainer")
-    TRL_LOSS_TYPE: str = setting(None, TEXT, "a loss of TRL, for TRAINER=trl")
-    LOSS_TYPE: str = setting("rev_kl", TEXT, "a row of the losses in dpo_iteration/dpo.py")
+    TRL_LOSS_TYPE: str = setting(None, TEXT, "a loss of TRL, for TRAINER=trl; not set: sigmoid")
+    LOSS_TYPE: str = setting("rev_kl", TEXT, "a row of LOSSES in dpo_iteration/losses.py")
     CHOOSE_TYPE: str = setting("sampler", TEXT, "how a pair is chosen; sampler: as the sampler's row says")
     LENGTH_PENALTY: float = setting(None, NUMBER, "reward taken per token by CHOOSE_TYPE=max_min_p")
     LABELS: str = setting("margin", one_of("margin", "sampled"), "margin: sigma(margin); sampled: 0 or 1 from it")
-    LABEL_NOISE: float = setting(0.0, SHARE, "of sampled labels that are turned round", "share")
+    LABEL_NOISE: float = setting(0.0, SHARE, "of the labels that are turned round, up to 0.5", "share")
     BETA: float = setting(0.1, NUMBER, "weight of the KL divergence from the reference")
     MARGIN_SCALE: float = setting(1.0, NUMBER, "margin = MARGIN_SCALE * difference of rewards")
     MAX_LENGTH: int = setting(256, COUNT, "prompt and response; longer ones are cut", "tokens")
@@ -240,6 +240,7 @@ class Settings:
     OPTIMIZER: str = setting(None, TEXT, "a name of transformers; not set: AdamW")
     SAVE_STRATEGY: str = setting("steps", one_of("steps", "epoch", "no"), "when checkpoints are written")
     SAVE_STEPS: int = setting(500, COUNT, "between two checkpoints; of a 7B model one has 94 GB", "steps")
+    SAVE_MINUTES: float = setting(None, NUMBER, "between two checkpoints, instead of SAVE_STEPS", "minutes")
     REPORT_TO: str = setting("none", TEXT, "wandb, tensorboard or none")
     DDP_TIMEOUT: int = setting(None, COUNT, "that processes wait for each other; not set: 1800", "seconds")
 

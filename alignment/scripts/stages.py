@@ -195,11 +195,12 @@ def train(s: Settings, n: int, samplers: list[str]) -> Commands:
     line = flags(
         model_name_or_path=model(s, n - 1, sampler),
         ref_model=s.BASE_MODEL,
-        train_dir=names.rewarded(s.RUN_DIR, n, sampler),
+        train_file=names.rewarded(s.RUN_DIR, n, sampler),
         output_dir=names.model(s.RUN_DIR, n, sampler),
         choose_type=s.CHOOSE_TYPE,
         length_penalty=s.LENGTH_PENALTY,
         labels=None if s.LABELS == "margin" else s.LABELS,
+        label_seed=None if s.LABELS == "margin" else s.SEED,
         label_noise=s.LABEL_NOISE or None,
         beta=s.BETA,
         margin_scale=s.MARGIN_SCALE,
@@ -216,6 +217,7 @@ def train(s: Settings, n: int, samplers: list[str]) -> Commands:
         eval_fraction=s.EVAL_FRACTION,
         save_strategy=s.SAVE_STRATEGY,
         save_steps=s.SAVE_STEPS,
+        save_minutes=s.SAVE_MINUTES,
         report_to=s.REPORT_TO,
         seed=s.SEED,
         bf16=s.BF16,
@@ -228,10 +230,7 @@ def train(s: Settings, n: int, samplers: list[str]) -> Commands:
     if s.USE_LORA:
         line += flags(use_lora=True, lora_r=s.LORA_R, lora_alpha=s.LORA_ALPHA, lora_target_modules=s.LORA_TARGETS)
         line += flags(load_in_4bit=s.QLORA or None)
-    if s.TRAINER == "trl":
-        line += flags(trl_loss_type=s.TRL_LOSS_TYPE)
-    else:
-        line += flags(loss_type=s.LOSS_TYPE)
+    line += flags(loss_type=s.TRL_LOSS_TYPE if s.TRAINER == "trl" else s.LOSS_TYPE)
     file = "run_trl.py" if s.TRAINER == "trl" else "run_dpo.py"
     return [[*launcher(s), str(ALIGNMENT / "dpo_iteration" / file), *line]]
 

@@ -139,7 +139,7 @@ def test_any_of_the_models_stop_tokens_ends_a_response_and_is_its_last_id(tmp_pa
     """generation_config.json lists `a` beside EOS: it ends responses, stands in their ids and not in their text."""
     tokenizer = tiny_tokenizer()
     letter = tokenizer.convert_tokens_to_ids("a")
-    save_tiny_policy(tmp_path / "policy", 0, sharpness=1.0)
+    save_tiny_policy(tmp_path / "policy", 0, sharpness=1.0, hidden=64)
     file = tmp_path / "policy" / "generation_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [2, letter]}))
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))

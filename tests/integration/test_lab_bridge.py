@@ -82,7 +82,11 @@ def test_the_real_responses_follow_the_labs_law(env, policy, annotated):
     """Chi-square of the first and of the second responses of each prompt against the exact law, in 3 classes."""
     instances, _ = read_records(annotated / "data.json", ("responses", "rewards"))
     _, nodes = Transformer(SETTING)(policy.unsqueeze(0))
-    law = pair_law(MIXTURES["mixp"], SETTING.beta, nodes, env.ref_nodes, SETTING.length, TEMPERATURE)[0].numpy()
+    law = (
+        pair_law(MIXTURES["mixp"], SETTING.beta, nodes, env.ref_nodes, SETTING.length, TEMPERATURE)[0]
+        .double()
+        .numpy()
+    )
     for prompt, response in np.ndindex(SETTING.prompts, 2):
         ids = [i["response_ids"][response] for i in instances[prompt :: SETTING.prompts]]
         counts = Counter(numbers(SETTING, found) for found in ids)
@@ -104,7 +108,7 @@ def test_the_real_rewards_are_the_environments(env, annotated):
 
 def test_training_ends_where_the_lab_ends(env, policy, annotated):
     instances, _ = read_records(annotated / "data.json", ("responses", "rewards"))
-    rows, _ = choose_all(instances, "data.json", "max_min", seed=42)
+    rows = list(choose_all(instances, "data.json", "max_min", seed=42))
     run(
         "dpo_iteration/run_dpo.py",
         *("--model_name_or_path", annotated / "policy", "--ref_model", annotated / "reference"),

@@ -148,7 +148,7 @@ def test_equals_one_sequence_at_a_time(kind, checkpointing):
             scale = wanted_gradients[name].abs().max()
             assert (gradient - wanted_gradients[name]).abs().max() <= 2e-5 * scale + 1e-7, (share, name)
     batch = sequences(rows)
-    row = len(find_prefixes(batch["input_ids"], batch["attention_mask"]).place)
+    row = len(find_prefixes(batch["input_ids"], batch["attention_mask"]).first)
     assert [shape[:2] for shape in seen] == [(1, row), batch["input_ids"].shape]
 
 
@@ -188,6 +188,34 @@ def test_what_nothing_tells_is_found_by_the_numbers(capsys):
     assert "sequences are padded" in capsys.readouterr().out and model.training
     padded = model(**sequences(make_rows()), share=False)
     assert padded.tolist() == pytest.approx(one_at_a_time(model, make_rows()).tolist(), abs=2e-5)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_hides_nothing(autocast):
+    """An error of less than two nats is found under bfloat16's rounding, and the weights are left as they were."""
+    batch, dtype = sequences(make_rows()[:1]), torch.float32 if autocast else torch.bfloat16
+    honest, leaking = make_model("llama").to(dtype).eval(), make_model("llama").to(dtype).eval()
+    embeddings = leaking.get_input_embeddings()
+    embeddings.register_forward_hook(lambda module, inputs, output: output + output.roll(1, 1))
+    before = {name: parameter.clone() for name, parameter in honest.named_parameters()}
+    with torch.no_grad():
+        exact = [make_model("llama")(**batch, share=share) for share in (False, True)]
+        off = (leaking(**batch, share=False, exact=True) - leaking(**batch, share=True, exact=True)).abs().max()
+        assert torch.allclose(*exact, atol=1e-4) and 0.05 < off < 2
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            rounded = honest(**batch, share=False)
+            assert (rounded - honest(**batch, share=False, exact=True)).abs().max() > 1e-3
+            assert forms_agree(honest, batch) and not forms_agree(leaking, batch)
+    for name, parameter in honest.named_parameters():
+        assert parameter.dtype == dtype and torch.equal(parameter, before[name])
+
+
+def test_flash_attention_is_padded(capsys):
+    """Its kernels see one row as one sequence."""
+    model = make_model("llama")
+    model.config._attn_implementation = "flash_attention_2"
+    assert not may_share(model)
+    assert "flash_attention_2, not sdpa" in capsys.readouterr().out
 
 
 def test_trained_with_and_without(models, tmp_path, capsys):

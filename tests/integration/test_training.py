@@ -121,6 +121,21 @@ def test_accumulation_is_a_larger_batch(models, tmp_path, more):
         assert not torch.equal(tensor, start[name]), name
 
 
+def test_a_last_smaller_batch_weighs_by_its_pairs(models, tmp_path):
+    """Five pairs as 2 + 2 + 1 make one step, whose loss and gradient are those of the five together."""
+    instances = make_instances(rows=5)
+    data = write_data(tmp_path / "d.json", instances)
+    parts = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+    whole = train(models, data, tmp_path / "whole", num_train_epochs=2, per_device_train_batch_size=5)
+    got = train(models, data, tmp_path / "parts", num_train_epochs=2, **parts)
+    assert got == pytest.approx(whole, abs=1e-5)
+    assert got[0] == pytest.approx(expected_loss(models, instances), abs=2e-6)
+    assert len(got) == 2 and got[1] < got[0] - 1e-3
+    after = weights(tmp_path / "whole")
+    for name, tensor in weights(tmp_path / "parts").items():
+        assert torch.allclose(tensor, after[name], atol=2e-5), name
+
+
 def test_cached_reference_equals_computed_on_the_fly(models, tmp_path, capsys):
     data = write_data(tmp_path / "d.json", make_instances())
     train(models, data, tmp_path / "one")
@@ -152,6 +167,35 @@ def test_stale_cache_is_computed_again(models, tmp_path, capsys):
     got = train(models, data, tmp_path / "three")
     assert "other model, weights; computing" in capsys.readouterr().out
     assert got[0] == pytest.approx(expected_loss(models, instances), abs=2e-6)
+
+
+def test_a_file_with_no_line_breaks_and_foreign_fields(models, tmp_path):
+    """What other programs write is read too, in one line or in many."""
+    instances = [{**instance, "score": {"of": [1, 2]}} for instance in make_instances()]
+    one, many = tmp_path / "one.json", tmp_path / "many.json"
+    one.write_text(json.dumps({"instances": instances}))
+    many.write_text(json.dumps({"instances": instances, "type": "text_only"}, indent=1))
+    wanted = pytest.approx(expected_loss(models, instances), abs=2e-6)
+    assert [train(models, data, tmp_path / data.stem)[0] for data in (one, many)] == [wanted, wanted]
+
+
+def test_checkpoints_by_time(models, tmp_path, monkeypatch):
+    """Each step that ends after the time has passed leaves a checkpoint; the last one leaves none."""
+    saved = []
+    monkeypatch.setattr(DPOTrainer, "_save_checkpoint", lambda self, *_: saved.append(self.state.global_step))
+    data = write_data(tmp_path / "d.json", make_instances(rows=8))
+    more = {"per_device_train_batch_size": 2, "save_steps": 1}
+    train(models, data, tmp_path / "often", save_minutes=1e-9, **more)
+    assert saved == [1, 2, 3]
+    saved.clear()
+    train(models, data, tmp_path / "never", save_minutes=60, **more)
+    assert saved == []
+
+
+def test_group_by_length(models, tmp_path):
+    data = write_data(tmp_path / "d.json", make_instances(rows=8))
+    got = train(models, data, tmp_path / "out", train_sampling_strategy="group_by_length")
+    assert len(got) == 2
 
 
 def test_one_model_in_memory_while_training(models, tmp_path, monkeypatch):
@@ -372,6 +416,12 @@ def test_other_vocabulary_and_too_long_rows_are_refused(models, tmp_path):
     short = save_tiny_policy(tmp_path / "short", seed=1, context=8)
     with pytest.raises(UserError, match="tokens, the models read 8"):
         run_dpo.main(flags((short, models[1]), data, tmp_path / "out"))
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = 9  # fewer than the model's positions
+    limited = save_tiny_policy(tmp_path / "limited", seed=1, tokenizer=tokenizer)
+    with pytest.raises(UserError, match="tokens, the models read 9"):
+        run_dpo.main(flags((models[0], limited), data, tmp_path / "out"))
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_a_single_prompt_cannot_be_held_out(models, tmp_path):

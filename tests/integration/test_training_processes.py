@@ -143,6 +143,22 @@ def test_two_processes_equal_one(models, tmp_path):
         assert torch.allclose(tensor, after[name], atol=2e-5), name
 
 
+def test_two_processes_with_an_odd_number_of_pairs(models, tmp_path):
+    """Five pairs on two processes, 2 at a time, in random order: no pair counts twice, no place in a batch counts."""
+    data = write_data(tmp_path / "d.json", make_instances(rows=5))
+    one = train(models, data, tmp_path / "one", num_train_epochs=3, per_device_train_batch_size=8)
+    more = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_train_epochs": 3}
+    launch(ALIGNMENT / "configs" / "cpu.yaml", [SCRIPT, *flags(models, data, tmp_path / "two", **more)])
+    assert len(one) == 3 and losses(tmp_path / "two") == pytest.approx(one, abs=1e-5)
+    first = [
+        json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"][0] for name in ("one", "two")
+    ]
+    assert first[1]["logps/chosen"] == pytest.approx(first[0]["logps/chosen"], abs=1e-4)
+    after = weights(tmp_path / "one")
+    for name, tensor in weights(tmp_path / "two").items():
+        assert torch.allclose(tensor, after[name], atol=2e-5), name
+
+
 @pytest.fixture(scope="module")
 def zero_data(tmp_path_factory):
     """A policy and a reference that vLLM can run too, 8 prompts, and the losses and weights of one plain process."""
@@ -157,7 +173,7 @@ def zero_data(tmp_path_factory):
 ORDER = {"train_sampling_strategy": "sequential", "num_train_epochs": 2}
 
 
-def cpu_config(stage: int, folder: Path, **deepspeed_config) -> Path:
+def cpu_config(stage: int | str, folder: Path, **deepspeed_config) -> Path:
     """configs/zero{stage}.yaml with nothing changed but the device, and DeepSpeed's settings where they are given."""
     config = yaml.safe_load((ALIGNMENT / "configs" / f"zero{stage}.yaml").read_text())
     config["use_cpu"] = True
@@ -268,3 +284,11 @@ def test_two_machines_with_zero2_equal_one_process(zero_data):
     printed = [rank.result() for rank in ranks]
     assert [text.count("zero2: done") for text in printed] == [1, 0]
     check_equal_training(folder, "zero2", one)
+
+
+def test_offloaded_zero3_equals_one_process(zero_data):
+    """configs/zero3_offload.yaml on one process, as one GPU runs it: weights and optimizer in the host's memory."""
+    folder, models, data, one = zero_data
+    words = flags(models, data, folder / "offload", **ORDER)
+    launch(cpu_config("3_offload", folder), ["--num_processes", 1, SCRIPT, *words], DS_ACCELERATOR="cpu")
+    check_equal_training(folder, "offload", one)

@@ -1,6 +1,6 @@
-"""Every command of docs/tutorial.md, in order, in a copy of the project: quickstart.sh on the real models among them.
+"""docs/tutorial.md: its row leaves every test green, and every command of it runs, in a copy of the project.
 
-The commands are the reader's own; constants in the environment only make the runs small.
+The commands are the reader's own; lines at the end of two recipes only make the runs small.
 """
 
 import json
@@ -17,13 +17,13 @@ from common.records import read_records
 pytestmark = pytest.mark.slow
 
 SMALL = {
-    "TRAIN_END": "8",
-    "TEST_START": "400",
-    "TEST_END": "404",
-    "KL_PROMPTS": "4",
-    "MAX_NEW_TOKENS": "12",
-    "EPOCHS": "1",
-    "SEEDS": "1",
+    "TRAIN_END": 8,
+    "TEST_START": 400,
+    "TEST_END": 404,
+    "KL_PROMPTS": 4,
+    "MAX_NEW_TOKENS": 12,
+    "EPOCHS": 1,
+    "SEEDS": [1],
 }
 
 
@@ -42,26 +42,41 @@ def copy_of_the_project(folder):
     (folder / ".venv").symlink_to(PROJECT / ".venv")
 
 
-def add_row(table, row: str) -> None:
-    """Does what the reader does: puts the row into the table."""
+def add_row(folder) -> None:
+    """Do what the reader does: put the tutorial's row into the table."""
+    [row] = blocks("python")
+    table = folder / "bandit/mixtures.py"
     before, found, after = table.read_text().partition("MIXTURES = {\n")
     assert found
     table.write_text(before + found + row + after)
+
+
+def test_the_row_leaves_all_unit_tests_green(tmp_path):
+    """Those of the drivers and of file readers, which know no row, are left out for time."""
+    copy_of_the_project(tmp_path)
+    add_row(tmp_path)
+    left_out = ("drivers", "memory", "running", "record", "sources", "readers", "scale", "benchmarks")
+    words = [f"--ignore-glob=*test_{name}*" for name in left_out]
+    result = run(["bash", "-c", f'cd {tmp_path} && .venv/bin/python -m pytest tests/unit -q "$@"', "-", *words])
+    assert result.returncode == 0, result.stdout[-3000:]
 
 
 def test_every_command_of_the_tutorial(tmp_path):
     copy_of_the_project(tmp_path)
     # Assets that are here already are not made again.
     here = PROJECT / "alignment/assets"
-    constants = SMALL | ({"ASSETS": str(here)} if (here / "judge").exists() else {})
-    [row] = blocks("python")
+    small = SMALL | ({"ASSETS": str(here)} if (here / "judge").exists() else {})
+    for recipe in ("quickstart", "ablation"):  # the last of a name counts
+        with (tmp_path / f"alignment/recipes/{recipe}.yaml").open("a") as file:
+            file.write("".join(f"{name}: {json.dumps(value)}\n" for name, value in small.items()))
     outputs = []
     for number, commands in enumerate(blocks("bash")):
         if number == 1:
-            add_row(tmp_path / "bandit/mixtures.py", row)
-        result = run(["bash", "-ec", f"cd {tmp_path}\n{commands}"], **constants)
+            add_row(tmp_path)
+        result = run(["bash", "-ec", f"cd {tmp_path}\n{commands}"])
         assert result.returncode == 0, f"{commands}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
         outputs.append(result.stdout)
+    check_lab(tmp_path / "alignment/lab/results/bold")
     check_bandit(tmp_path / "bandit/results/bold")
     check_quickstart(tmp_path / "alignment/runs/bold", outputs)
     seeds = (tmp_path / "alignment/runs/bold_seeds/results/seeds.md").read_text()
@@ -75,6 +90,12 @@ def check_bandit(folder):
         assert (data["bold/exact/param_diff"][:, -1] < data["bold/exact/param_diff"][:, 0]).all()
 
 
+def check_lab(folder):
+    rows = {row["sampler"]: row for row in json.loads((folder / "table.json").read_text())["rows"]}
+    assert set(rows) == {"online", "online-null", "mixp", "bold"}
+    assert all(0 < row["gap"] < 1.4 for row in rows.values())  # the reference's own is about 1.35
+
+
 def check_quickstart(folder, outputs):
     instances, settings = read_records(folder / "data/data_with_rewards_iter2_bold.json", ("responses", "rewards"))
     assert len(instances) == 8
@@ -82,7 +103,7 @@ def check_quickstart(folder, outputs):
     assert all(any(c.isalpha() for c in text) for i in instances for text in i["responses"])
     assert sum(len(set(i["responses"])) == 2 for i in instances) >= 6
     assert settings["generate"]["sampler"] == [[1.0, [2.0, -1.0], [1.0, 0.0]]]
-    assert json.loads((folder / "results/kl_bold_2.json").read_text())["kl"] > 0
+    assert json.loads((folder / "results/kl_bold_iter2.json").read_text())["kl"] > 0
     table = (folder / "results/summary.md").read_text()
     assert "base" in table and "bold" in table
     assert any("runs/bold/results/report.html" in output for output in outputs)

@@ -210,28 +210,28 @@ FUNCTION = {
 }
 
 TRAIN = {
-    "data missing": ("--train_dir none.json", ["none.json: no such file"]),
-    "data is a folder": ("--train_dir saved", ["saved: is a folder, not a file"]),
-    "no rewards": ("--train_dir unscored.json", ["unscored.json: row 0: no 'rewards'"]),
+    "data missing": ("--train_file none.json", ["none.json: no such file"]),
+    "data is a folder": ("--train_file saved", ["saved: is a folder, not a file"]),
+    "no rewards": ("--train_file unscored.json", ["unscored.json: row 0: no 'rewards'"]),
     "reward is text": (
-        "--train_dir reward_text.json",
+        "--train_file reward_text.json",
         ["reward_text.json: row 1: 'rewards' holds a value of the wrong"],
     ),
     "reward not finite": (
-        "--train_dir infinite.json",
+        "--train_file infinite.json",
         ["infinite.json: row 1: 'rewards' holds a value that is not"],
     ),
     "too few rewards": (
-        "--train_dir few.json",
+        "--train_file few.json",
         ["few.json: row 1: 'rewards' is not a list with one entry per response"],
     ),
-    "one response": ("--train_dir single.json", ["single.json: row 0: one response only"]),
+    "one response": ("--train_file single.json", ["single.json: row 0: one response only"]),
     "equal rewards": (
-        "--train_dir equal.json",
+        "--train_file equal.json",
         ["equal.json: no prompt has two different responses with unequal"],
     ),
     "no pairs": (
-        "--train_dir pairless.json --choose_type mixed_max_min",
+        "--train_file pairless.json --choose_type mixed_max_min",
         ["pairless.json: row 0: no 'pairs'"],
     ),
     "beta 0": ("--beta 0", ["--beta: must be a number above 0"]),
@@ -259,8 +259,24 @@ TRAIN = {
     "different vocabularies": ("--ref_model ./other", ["different vocabularies"]),
     "pickled weights": ("--model_name_or_path ./pickled", ["./pickled: no *.safetensors"]),
     "torn weights": ("--ref_model ./torn_weights", ["torn_weights/model.safetensors: not a whole"]),
-    "longer than the context": ("--train_dir long.json --max_length 400", ["--max_length 400: a row has"]),
+    "longer than the context": ("--train_file long.json --max_length 400", ["--max_length 400: a row has"]),
+    "labels that no loss sees": ("--loss_type sigmoid --label_noise 0.1", ["--label_noise: --loss_type sigmoid"]),
+    "hard labels that are not finite": ("--loss_type kl --labels sampled", ["--labels sampled: --loss_type kl"]),
+    "noise above a half": ("--label_noise 0.7", ["--label_noise: must be from 0 to 0.5"]),
+    "argument without effect": ("--label_smoothing_factor 0.1", ["--label_smoothing_factor: "]),
+    "argument of another law": ("--neftune_noise_alpha 5", ["--neftune_noise_alpha: "]),
+    "nothing to evaluate": ("--eval_strategy steps", ["--eval_strategy steps: needs held-out prompts"]),
+    "4 bit without an adapter": ("--load_in_4bit True", ["--load_in_4bit: needs --use_lora"]),
+    "adapter of nothing": ("--use_lora True --lora_target_modules x", ["--lora_target_modules x: "]),
     "unknown DeepSpeed file": ("--deepspeed none.json", ["none.json"]),
+}
+
+TRL = {
+    "data missing": ("--train_file none.json", ["none.json: no such file"]),
+    "loss of another trainer": ("--loss_type rev_kl", ["rev_kl"]),
+    "noise that no loss sees": ("--label_noise 0.1", ["--label_noise: "]),
+    "argument without effect": ("--model_init_kwargs {}", ["--model_init_kwargs: "]),
+    "output of other settings": ("--output_dir trained", ["trained: exists, made with beta=7, now beta=0.1"]),
 }
 
 REWARD = {
@@ -368,9 +384,15 @@ SCRIPTS = [
     ),
     (
         "dpo_iteration/run_dpo.py",
-        "--model_name_or_path ./policy --ref_model ./reference --train_dir data.json --output_dir out "
+        "--model_name_or_path ./policy --ref_model ./reference --train_file data.json --output_dir out "
         "--max_length 64 --max_prompt_length 32 --use_cpu True",
         TRAIN,
+    ),
+    (
+        "dpo_iteration/run_trl.py",
+        "--model_name_or_path ./policy --ref_model ./reference --train_file data.json --output_dir out "
+        "--max_length 64 --max_prompt_length 32 --use_cpu True",
+        TRL,
     ),
     (
         "reward_model/train_reward_model.py",

@@ -9,8 +9,10 @@ import random
 from pathlib import Path
 
 import torch
+from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common.models import encode_response, tokenizer_fingerprint
 from dpo_iteration import run_dpo
 
 BETA, SCALE = 0.1, 4.0
@@ -100,3 +102,28 @@ def expected_loss(models, instances: list[dict], scale: float = SCALE) -> float:
         q = 1 / (1 + math.exp(-BETA * h))
         total -= p * math.log(q) + (1 - p) * math.log(1 - q)
     return total / len(instances)
+
+
+# --- Data files with the ids that were sampled -------------------------------------------------------------------
+
+TURN = 35  # the last id of the tiny vocabulary, here a second stop token
+
+
+def sampled_instances(rows: int = 4) -> list[dict]:
+    """Instances whose ids are not what their texts encode to: control tokens, a second stop token, cut ends."""
+    tokenizer, instances = tiny_tokenizer(), make_instances(rows=rows)
+    for instance in instances:
+        ids = [encode_response(tokenizer, text, False) for text in instance["responses"]]
+        ids[0] = [*ids[0], 3, *ids[0], TURN]  # an unknown token in the middle, then the second stop token
+        ids[1] = [*ids[1], 2]
+        instance["response_ids"] = ids
+        instance["stop_reasons"] = ["stop", "stop", "length"]
+        instance["num_tokens"] = [len(one) for one in ids]
+    return instances
+
+
+def write_sampled(path: Path, instances: list[dict], fingerprint: str | None = None) -> Path:
+    made_with = fingerprint or tokenizer_fingerprint(tiny_tokenizer())
+    content = {"instances": instances, "settings": {"generate": {"tokenizer": made_with}}}
+    path.write_text(json.dumps(content))
+    return path

@@ -1,8 +1,26 @@
 """What the benchmarks do with their figures; the figures themselves are nothing to test on a noisy machine."""
 
+import site
+import sys
+from importlib.machinery import PathFinder
+from pathlib import Path
+
 from benchmarks.harness import Row, growth_row, shares, table
 from benchmarks.merge import merged
 from benchmarks.quickstart import stage_seconds
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+def test_no_benchmark_hides_a_package():
+    """A script's own folder is searched first: a file called like a package would be imported in its place."""
+    packages = {path.parent.name for path in PROJECT.glob("*/*/*.py")} | {
+        path.parent.name for path in PROJECT.glob("*/*.py")
+    }
+    for path in (PROJECT / "benchmarks").glob("*.py"):
+        assert path.stem not in sys.stdlib_module_names | packages, path.name
+        assert PathFinder.find_spec(path.stem, site.getsitepackages()) is None, path.name
+
 
 OLD = "# Benchmarks\n\n- CPU: old\n\n## Generation\n\n| old |\n\n## KL\n\nwords\n\n| kept |\n"
 NEW = "# Benchmarks\n\n- CPU: new\n\n## Generation\n\n| new |\n\n\n## Memory\n\n| first |\n\n"

@@ -42,7 +42,7 @@ def test_each_stage_reads_what_the_one_before_wrote():
             assert flag(generate, "--ref_model_name_or_path") == flag(train, "--ref_model") == base
             assert flag(generate, "--sampler") == sampler
             rewarded = f"/run/data/data_with_rewards_iter{n}_{sampler}.json"
-            assert values(annotate, "--output_file")[i] == flag(train, "--train_dir") == rewarded
+            assert values(annotate, "--output_file")[i] == flag(train, "--train_file") == rewarded
             assert flag(train, "--output_dir") == f"/run/models/rlhflow_iter{n}_{sampler}"
 
 
@@ -349,6 +349,9 @@ def test_settings_reach_their_flags():
         "OPTIMIZER": ("adafactor", "--optim"),
         "DDP_TIMEOUT": ("60", "--ddp_timeout"),
         "MAX_STEPS": ("5", "--max_steps"),
+        "SAVE_MINUTES": ("20", "--save_minutes"),
+        "LABELS": ("sampled", "--labels"),
+        "LABEL_NOISE": ("0.25", "--label_noise"),
     }
     given = {name: value for name, (value, _) in train.items()}
     words = dict(plan(TRAIN, ITERS=1, USE_LORA=1, **given))["train 1 online"]
@@ -361,7 +364,7 @@ def test_settings_reach_their_flags():
     own = dict(plan(TRAIN, ITERS=1, REWARD_FUNCTION="rules.py:exact"))["annotate 1 online"]
     assert flag(own, "--reward_function") == "rules.py:exact" and "--reward_name_or_path" not in own
     trl = dict(plan(TRAIN, ITERS=1, TRAINER="trl", TRL_LOSS_TYPE="ipo"))["train 1 online"]
-    assert flag(trl, "--trl_loss_type") == "ipo" and "--loss_type" not in trl
+    assert flag(trl, "--loss_type") == "ipo"
     assert any(word.endswith("run_trl.py") for word in trl)
 
 

@@ -230,6 +230,8 @@ def test_the_expected_update_of_the_table_is_the_theorys(env):
     gaps, margins, w = u[:, None] - u, (r[:, None] - r).numpy(), law.double().numpy()
     expected = beta * ((w + w.T) * (special.expit(margins) - special.expit(gaps))).sum(axis=1)
     np.testing.assert_allclose(-gradient[0].numpy(), expected, atol=1e-6)
+    in_one = train.expected_gradient(setting, one, runs, logps.detach(), nodes, one.ref_nodes)
+    np.testing.assert_allclose(-in_one[0, 0].numpy(), expected, atol=1e-6)
 
 
 def test_each_epoch_passes_over_every_pair_once():

@@ -37,8 +37,8 @@ def test_a_stop_reaches_all_and_is_waited_for(number, tmp_path):
     stage = (
         "import pathlib, signal, sys, time\n"
         "for n in (2, 15): signal.signal(n, lambda *_: sys.exit(130))\n"
-        "pathlib.Path({!r}).touch()\ntime.sleep(600)"
-    )
+        "pathlib.Path({!r}).touch()\nwhile True: time.sleep(.1)"
+    )  # brief sleeps: a signal just before one waits for its end
     files = [tmp_path / "a", tmp_path / "b"]
     commands = [python(stage.format(str(file))) for file in files]
     process = subprocess.Popen(

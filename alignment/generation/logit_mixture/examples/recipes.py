@@ -68,7 +68,7 @@ def train(style: str, base: str, folder: Path) -> str:
     if not (output / "config.json").exists():
         make_data(style, base, data)
         words = f"--model_name_or_path {base} --ref_model {base} --train_dir {data} --output_dir {output} "
-        words += "--loss_type rev_kl --margin_scale 4 --beta 0.1 --learning_rate 3e-5 --num_train_epochs 3 "
+        words += "--loss_type rev_kl --margin_scale 4 --beta 0.1 --learning_rate 5e-5 --num_train_epochs 2 "
         words += "--per_device_train_batch_size 4 --max_length 128 --save_strategy no"
         subprocess.run([sys.executable, str(RUN_DPO), *words.split()], check=True, stdout=sys.stderr)
     return str(output)

@@ -6,7 +6,7 @@ All sides sample the same prompts (two models: the sampler mixp, half of the res
 (0.5, 0.5)) in the same type, with temperature 1 and end tokens that end a response. Models are loaded, engines
 started and warmed up before the clock starts. The last rows are requests of the policy alone in an engine of two.
 
-    python benchmarks/generation.py
+    python benchmarks/generation_rates.py
 """
 
 import argparse

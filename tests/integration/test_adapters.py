@@ -1,0 +1,182 @@
+"""LoRA adapters: what is saved is what was trained, tied or not; adapters are policies like any other."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from commands import python
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny import save_tiny_policy
+from training_runs import flags, make_instances, train, write_data
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from common import adapters
+from common.adapters import whole_model
+from common.cli import UserError
+from common.models import load_causal_lm, load_config, load_tokenizer
+
+IDS = torch.tensor([[1, 5, 6, 7, 8, 20, 2]])
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Merged models go into a folder of the test's own."""
+    monkeypatch.setattr(adapters, "cache", lambda: tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(IDS).logits.float()
+
+
+def save_adapter(base, folder, targets=("q_proj", "up_proj"), **options):
+    """An adapter with random weights, as peft saves it."""
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, target_modules=list(targets), task_type="CAUSAL_LM", **options)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.1)
+    model.save_pretrained(folder)
+    return logits(model)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "q_proj,lm_head", "embed_tokens,q_proj", "embed_tokens,lm_head"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_saved_is_base_and_adapter(tmp_path, tied, targets):
+    """Head and embedding of a tied model have one matrix, which an adapter on one of them would change for both."""
+    policy = save_tiny_policy(tmp_path / "policy", seed=3, sharpness=3.0, tie_word_embeddings=tied)
+    data = write_data(tmp_path / "d.json", make_instances())
+    more = {"use_lora": True, "lora_target_modules": targets, "learning_rate": 1e-2, "num_train_epochs": 5}
+    train((policy, policy), data, tmp_path / "out", **more)
+    base = LlamaForCausalLM.from_pretrained(policy, dtype=torch.float32)
+    before = logits(base)
+    adapted = logits(PeftModel.from_pretrained(base, tmp_path / "out" / "adapter"))
+    saved = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    assert (saved - adapted).abs().max() < 1e-4 < 1e-2 < (saved - before).abs().max()
+
+
+def test_a_merge_that_changes_the_model_is_refused(models, tmp_path, monkeypatch):
+    """The folder gets its name only after the saved model's logits were compared."""
+    monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self: self.unload(), raising=False)
+    data = write_data(tmp_path / "d.json", make_instances())
+    with pytest.raises(UserError, match="logits"):
+        train(models, data, tmp_path / "out", use_lora=True, learning_rate=1e-2, num_train_epochs=3)
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").exists()
+
+
+def test_anything_but_an_adapter_is_left_alone(models, tmp_path):
+    for name in (str(models[0]), "owner/name", "./nowhere", str(tmp_path)):
+        assert whole_model(name, "policy") == name
+
+
+def test_an_adapter_is_merged_once_and_loaded_by_every_loader(models, tmp_path, capsys, cache):
+    wanted = save_adapter(models[0], tmp_path / "adapter")
+    name = str(tmp_path / "adapter")
+    assert torch.allclose(logits(load_causal_lm(name, "policy", "float32")), wanted, atol=1e-4)
+    assert load_config(name, "policy").model_type == "llama"
+    assert load_tokenizer(name, "policy").get_vocab() == load_tokenizer(str(models[0]), "policy").get_vocab()
+    assert capsys.readouterr().out.count("merging the adapter") == 1
+    first = whole_model(name, "policy")
+    assert [path.name for path in cache.iterdir() if path.is_dir()] == [first.rsplit("/", 1)[1]]
+    shutil.copytree(name, tmp_path / "copy")
+    assert whole_model(str(tmp_path / "copy"), "policy") == first  # known by content
+    save_adapter(models[1], tmp_path / "adapter")
+    assert whole_model(name, "policy") != first
+
+
+def test_a_configuration_beside_the_adapter_is_the_bases(models, tmp_path):
+    wanted = save_adapter(models[0], tmp_path / "adapter")
+    shutil.copy(models[0] / "config.json", tmp_path / "adapter")
+    got = logits(load_causal_lm(str(tmp_path / "adapter"), "policy", "float32"))
+    assert torch.allclose(got, wanted, atol=1e-4)
+
+
+def change_config(folder, **values):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize("kind", ["whole weights", "pickled", "no base", "lost base", "itself", "other task", "torn"])
+def test_ambiguous_folders_are_one_line(models, tmp_path, kind):
+    folder = tmp_path / "adapter"
+    save_adapter(models[0], folder)
+    if kind == "whole weights":
+        shutil.copy(models[0] / "model.safetensors", folder)
+    elif kind == "pickled":
+        (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    elif kind == "torn":
+        whole = (folder / "adapter_model.safetensors").read_bytes()
+        (folder / "adapter_model.safetensors").write_bytes(whole[:100])
+    else:
+        change_config(
+            folder,
+            **{
+                "no base": {"base_model_name_or_path": None},
+                "lost base": {"base_model_name_or_path": str(tmp_path / "nowhere")},
+                "itself": {"base_model_name_or_path": str(folder)},
+                "other task": {"task_type": "SEQ_CLS"},
+            }[kind],
+        )
+    with pytest.raises(UserError) as raised:
+        load_causal_lm(str(folder), "policy", "float32")
+    assert str(folder) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_an_adapter_of_an_adapter(models, tmp_path):
+    save_adapter(models[0], tmp_path / "one")
+    whole = whole_model(str(tmp_path / "one"), "policy")
+    wanted = save_adapter(whole, tmp_path / "two", targets=("v_proj",))
+    change_config(tmp_path / "two", base_model_name_or_path=str(tmp_path / "one"))
+    assert torch.allclose(logits(load_causal_lm(str(tmp_path / "two"), "policy", "float32")), wanted, atol=1e-4)
+
+
+def test_lora_from_end_to_end(models, tmp_path):
+    """Three stages as a user starts them: generate with an adapter as policy, annotate, train an adapter on top."""
+    from tiny import save_tiny_reward_model
+
+    save_adapter(models[0], tmp_path / "policy")
+    reward = save_tiny_reward_model(tmp_path / "reward", 3)
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"{a} cat."}) + "\n" for a in "abcdef"))
+    variables = {"HF_HOME": tmp_path / "hf"}
+    stages = [
+        ("generation/generate.py", "--model_name_or_path", tmp_path / "policy", "--ref_model_name_or_path", models[0],
+         "--dataset_name_or_path", tmp_path / "p.jsonl", "--sampler", "mixp", "--backend", "hf", "--temperature", 1,
+         "--max_new_tokens", 8, "--max_input_length", 16, "--output_file", tmp_path / "gen.json"),
+        ("annotate_data/get_rewards.py", "--dataset_name_or_path", tmp_path / "gen.json", "--reward_name_or_path",
+         reward, "--output_file", tmp_path / "rewards.json"),
+        ("dpo_iteration/run_dpo.py", *flags((tmp_path / "policy", models[0]), tmp_path / "rewards.json",
+         tmp_path / "out", use_lora=True, learning_rate=1e-2)),
+    ]  # fmt: skip
+    for script, *words in stages:
+        result = python(script, *words, **variables)
+        assert result.returncode == 0, result.stderr
+    printed = result.stdout
+    assert "response_ids" not in printed  # they were there, and of the policy's tokenizer
+    base = LlamaForCausalLM.from_pretrained(whole_model(str(tmp_path / "policy"), "policy"), dtype=torch.float32)
+    adapted = logits(PeftModel.from_pretrained(base, tmp_path / "out" / "adapter"))
+    assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), adapted, atol=1e-4)
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "policy")
+
+
+def test_four_bit_training_saves_what_it_trained(models, tmp_path):
+    """QLoRA: the saved model is the 4-bit base, widened, with the adapter; not the base that was rounded."""
+    pytest.importorskip("bitsandbytes")
+    from dpo_iteration.policy import four_bit_config
+
+    data = write_data(tmp_path / "d.json", make_instances())
+    more = {"use_lora": True, "load_in_4bit": True, "learning_rate": 1e-2, "num_train_epochs": 3}
+    got = train(models, data, tmp_path / "out", **more)
+    assert got[-1] < got[0]
+    base = AutoModelForCausalLM.from_pretrained(
+        models[0], dtype=torch.float32, quantization_config=four_bit_config("float32")
+    )
+    # With gradients on: without them bitsandbytes' CPU kernels round what they multiply to bfloat16.
+    adapted = PeftModel.from_pretrained(base, tmp_path / "out" / "adapter").eval()(IDS).logits.detach()
+    saved = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    assert (saved - adapted).abs().max() < 1e-3
+    assert (logits(AutoModelForCausalLM.from_pretrained(models[0])) - saved).abs().max() > 0.05

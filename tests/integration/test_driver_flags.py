@@ -1,0 +1,67 @@
+"""Every flag that a driver gives to a script is one that the script has, with every setting given."""
+
+import re
+
+import pytest
+from commands import ALIGNMENT, python
+from plans import in_turn, plan
+
+GIVEN = {
+    "DATASET_SPLIT": "train",
+    "DATASET_KEY": "prompt",
+    "MAX_PROMPT_CHARACTERS": 99,
+    "TRUST_REMOTE_CODE": 1,
+    "K": 4,
+    "GENERATION_DTYPE": "float32",
+    "REWARD_COLUMN": 0,
+    "REWARD_MAX_LENGTH": 99,
+    "REWARD_DTYPE": "float32",
+    "TOKEN_BUDGET": 99,
+    "JUDGE_MODEL": "judge",
+    "LENGTH_PENALTY": 0.1,
+    "LABELS": "sampled",
+    "LABEL_NOISE": 0.1,
+    "MAX_STEPS": 3,
+    "BF16": True,
+    "SAVE_DTYPE": "float32",
+    "ATTENTION": "sdpa",
+    "USE_LORA": 1,
+    "LORA_R": 4,
+    "LORA_ALPHA": 8,
+    "LORA_TARGETS": "q_proj",
+    "QLORA": 1,
+    "OPTIMIZER": "adamw_torch",
+    "SAVE_MINUTES": 5,
+    "DDP_TIMEOUT": 60,
+    "KL_DTYPE": "float32",
+    "GPUS": 8,
+    "SAMPLERS": "mixp",
+    "ITERS": 2,
+}
+DRIVERS = ("sample_train_safe_rlhf.sh", "sample_eval_safe_rlhf.sh", "sample_kl.sh", "sample_ablation.sh")
+MORE = ({}, {"TRAINER": "trl", "TRL_LOSS_TYPE": "ipo"}, {"REWARD_FUNCTION": "rules.py:exact"})
+
+
+@pytest.fixture(scope="module")
+def given() -> dict[str, set[str]]:
+    """Script → the flags that the drivers give it."""
+    found: dict[str, set[str]] = {}
+    for driver in DRIVERS:
+        for more in MORE:
+            for _, words in plan(driver, **GIVEN, **more):
+                at = [i for i, word in enumerate(words) if word.startswith(str(ALIGNMENT)) and word.endswith(".py")]
+                if not at:
+                    continue
+                for line in in_turn(["-", *words[at[0] :]]):
+                    flags = {word for word in line if re.fullmatch(r"--[a-zA-Z_]\w*", word)}
+                    found.setdefault(words[at[0]].removeprefix(f"{ALIGNMENT}/"), set()).update(flags)
+    return found
+
+
+def test_every_script_is_there_and_has_the_flags(given):
+    assert len(given) == 7
+    for script, flags in given.items():
+        done = python(script, "--help")
+        assert done.returncode == 0, script
+        known = set(re.findall(r"--[a-zA-Z_]\w*", done.stdout))
+        assert flags <= known, f"{script}: {sorted(flags - known)}"
