@@ -3,33 +3,18 @@
 import json
 import random
 
+import mixture_loop
 import pytest
 import torch
+from mixture_loop import WORDS
 from tiny import save_tiny_policy, tiny_tokenizer
 from vllm_logit_mixture import processor
 
-from common.models import load_causal_lm, load_tokenizer
+from common.models import load_tokenizer
 from generation.backend_hf import HFGenerator, sample
 from generation.sampling import Request, Sampling
 
 WEIGHTS = [(1.0, 0.0), (0.0, 1.0), (1.5, -0.5), (0.5, 0.5)]
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat,",
-    "did",
-    "it",
-    "not?",
-    "yes:",
-    "it",
-    "did.",
-    "who",
-    "knows",
-    "why",
-]
 
 
 @pytest.fixture(scope="module")
@@ -78,32 +63,11 @@ def make_requests(count: int, seed: int = 0) -> list[Request]:
     ]
 
 
-@torch.no_grad()
-def mixed_logits(models, ids: list[int], weights) -> torch.Tensor:
-    """The definition: no cache, no batch, no padding."""
-    return sum(
-        w * load(name)(torch.tensor([ids])).logits[0, -1].double() for w, name in zip(weights, models, strict=True)
-    )
-
-
-_loaded: dict = {}
-
-
-def load(name):
-    if name not in _loaded:
-        _loaded[name] = load_causal_lm(name, "model", "float32")
-    return _loaded[name]
-
-
 def greedy(models, request: Request, sampling: Sampling):
-    ids, sampled = list(request.prompt_ids), []
-    while len(sampled) < sampling.max_new_tokens:
-        token = int(mixed_logits(models, ids, request.weights).argmax())
-        sampled.append(token)
-        if token in sampling.stop_token_ids:
-            return sampled, "stop"
-        ids.append(token)
-    return sampled, "length"
+    """(tokens, why they end) by the definition."""
+    stop = sampling.stop_token_ids
+    ids = mixture_loop.greedy(models, request.prompt_ids, request.weights, sampling.max_new_tokens, stop)
+    return ids, "stop" if ids[-1] in stop else "length"
 
 
 def by_key(responses) -> dict:
@@ -142,7 +106,7 @@ def test_log_probabilities(models, engine, weights):
     [output] = engine.llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
     ids = list(prompt)
     for token, logprobs in zip(output.outputs[0].token_ids, output.outputs[0].logprobs, strict=True):
-        exact = (mixed_logits(models, ids, weights) / temperature).log_softmax(-1)
+        exact = (mixture_loop.next_logits(models, ids, weights) / temperature).log_softmax(-1)
         for other, value in logprobs.items():
             assert value.logprob == pytest.approx(float(exact[other]), abs=2e-4)
         ids.append(token)
@@ -172,7 +136,7 @@ def test_sampled_frequencies(models, engine, hf):
     """First tokens of many seeds against the mixture's probabilities: total variation as expected of that many."""
     n, temperature, weights = 1500, 0.8, (1.5, -0.5)
     prompt = make_requests(1)[0].prompt_ids
-    exact = (mixed_logits(models, prompt, weights) / temperature).softmax(-1)
+    exact = (mixture_loop.next_logits(models, prompt, weights) / temperature).softmax(-1)
     requests = [Request(str(i), prompt, weights, 1000 + i) for i in range(n)]
     for generator in (engine, hf):
         counts = torch.zeros(len(exact), dtype=torch.float64)

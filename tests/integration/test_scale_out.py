@@ -18,14 +18,13 @@ import psutil
 import pytest
 from commands import ALIGNMENT, ends_in_one_line, python
 from driver_runs import journal_rows, wait_until
-from test_generation import greedy
+from mixture_loop import greedy
 from tiny import save_tiny_policy, save_tiny_reward_model, tiny_tokenizer
 from toy_engine import Devices, Squares
 
 from common import scale_out
 from common.cli import UserError
 from common.records import read_records
-from generation.sampling import Request, Sampling
 
 pytestmark = pytest.mark.slow
 HEAD, SECOND = {"num_cpus": 4, "num_gpus": 3}, {"num_cpus": 4, "num_gpus": 1}
@@ -259,11 +258,10 @@ def test_tensor_parallel_engine(cluster, place, tmp_path):
     flags = "--tensor_parallel_size", 2, "--num_engines", "all"  # which is one: see SECOND
     generate(place, tmp_path / "out.json", *more, *flags)
     tokenizer, models = tiny_tokenizer(), (str(place / "policy"), str(place / "reference"))
-    sampling = Sampling(0.0, 32, [tokenizer.eos_token_id])
     for instance in read_records(tmp_path / "out.json")[0]:
         ids = tokenizer(instance["prompt"])["input_ids"]
         for weights, text in zip([(1.5, -0.5), (0.5, 0.5)], instance["responses"], strict=True):
-            expected, _ = greedy(models, Request("", ids, weights, 0), sampling)
+            expected = greedy(models, ids, weights, 32, [tokenizer.eos_token_id])
             assert text == tokenizer.decode(expected, skip_special_tokens=True)
 
 
