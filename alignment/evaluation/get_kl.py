@@ -87,6 +87,8 @@ def parser() -> Parser:
 
 def measure(args: argparse.Namespace) -> None:
     """Write the KL of one command line."""
+    if args.responses and (args.start or args.end):
+        raise UserError("--start, --end: are for prompts that are sampled from; of --responses all are scored")
     tokenizer, room = check_models(args)
     prompts = None if args.responses else read_prompts(args, tokenizer, room, args.start, args.end)
     settings = settings_of(args)
