@@ -62,8 +62,10 @@ def parse(words: list[str]) -> dict:
     return found
 
 
-def read_recipe(recipe: str) -> dict:
-    """Return {name: value} of a recipe and of the one that it extends."""
+def read_recipe(recipe: str, above: tuple[str, ...] = ()) -> dict:
+    """Return {name: value} of a recipe and of the one that it extends; `above`: those that extend it."""
+    if recipe in above:
+        raise UserError(f"RECIPE {recipe!r}: extends itself")
     path = Path(recipe)
     if not recipe.endswith(".yaml"):
         if not is_name(recipe):
@@ -82,7 +84,7 @@ def read_recipe(recipe: str) -> dict:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from None
     if not isinstance(rows, dict):
         raise UserError(f"{path}: not a list of NAME: value")
-    base = read_recipe(rows.pop(EXTENDS)) if EXTENDS in rows else {}
+    base = read_recipe(str(rows.pop(EXTENDS)), (*above, recipe)) if EXTENDS in rows else {}
     return base | {name: read(str(name), value, f"{path.name}: ") for name, value in rows.items()}
 
 
