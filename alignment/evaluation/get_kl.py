@@ -1,6 +1,6 @@
 """KL divergence of a policy from its reference on held-out prompts.
 
-Samples responses of the policy at temperature T (top-p 1), or takes existing ones (--responses), and sums the exact
+Samples responses of the policy at temperature T (top-p 1), or takes existing ones (--responses). Sums the exact
 per-token KL along their sampled ids, scored at the same T and in float32; see kl.py.
 
 Reads   a policy, a reference with the same tokenizer, and prompts as generate.py does.
@@ -87,6 +87,8 @@ def parser() -> Parser:
 
 def measure(args: argparse.Namespace) -> None:
     """Write the KL of one command line."""
+    if args.responses and (args.start or args.end):
+        raise UserError("--start, --end: are for prompts that are sampled from; of --responses all are scored")
     tokenizer, room = check_models(args)
     prompts = None if args.responses else read_prompts(args, tokenizer, room, args.start, args.end)
     settings = settings_of(args)
@@ -164,7 +166,7 @@ def sample(args: argparse.Namespace, prompts: list, longest: int, done: Journal,
     if wanted:
         give_memory_back()  # what the scoring of an earlier command line has left
         generator = load_generator(args, args.model_name_or_path, None, longest)
-        stop_ids = stop_token_ids(tokenizer, args.model_name_or_path)
+        stop_ids = stop_token_ids(tokenizer, args.model_name_or_path, args.trust_remote_code)
         sampling = Sampling(args.temperature, args.max_new_tokens, stop_ids)
         for response in tqdm(generator.generate(wanted, sampling), "sampling", len(wanted), file=sys.stdout):
             row = {"ids": response.token_ids, "ended": response.stop_reason == "stop"}
@@ -250,7 +252,7 @@ def score(args: argparse.Namespace, groups: list[list], done: Journal, tokenizer
         for name, what in names
     ]
     check_same_width(*models)
-    stop_ids = stop_token_ids(tokenizer, args.model_name_or_path)
+    stop_ids = stop_token_ids(tokenizer, args.model_name_or_path, args.trust_remote_code)
     sequences = [sequence for group in groups for sequence in group]
     for batch in tqdm(list(batches(sequences, args.batch_size)), "scoring", file=sys.stdout):
         if all(f"score {i}" in done.rows for i in batch):
