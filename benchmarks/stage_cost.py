@@ -80,7 +80,7 @@ def annotation(shape: Shape, work: Workload, hardware: Hardware, workers: int) -
     passes = work.prompts * work.responses * work.length / work.token_budget / workers
     terms = scale(pass_terms(shape, hardware, 1, work.token_budget, work.length / 2), passes)
     memory = model_file_bytes(shape) + activation_bytes(shape, work.token_budget) + hardware.overhead
-    layout = f"{workers} reward model(s), one a GPU"
+    layout = f"{workers} reward model(s), one per GPU"
     return Stage("annotation", layout, memory, hardware.holds(memory), in_turn(terms), terms)
 
 

@@ -1,6 +1,6 @@
 """KL divergence of a policy from its reference on held-out prompts.
 
-Samples responses of the policy at temperature T (top-p 1), or takes existing ones (--responses), and sums the exact
+Samples responses of the policy at temperature T (top-p 1), or takes existing ones (--responses). Sums the exact
 per-token KL along their sampled ids, scored at the same T and in float32; see kl.py.
 
 Reads   a policy, a reference with the same tokenizer, and prompts as generate.py does.

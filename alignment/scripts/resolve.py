@@ -8,6 +8,7 @@ Writes  to standard output, one per line, what a driver needs: all settings as J
     python alignment/scripts/resolve.py DRIVER --help
 """
 
+import contextlib
 import difflib
 import json
 import os
@@ -21,6 +22,9 @@ sys.path[:0] = [str(PROJECT), str(ALIGNMENT)]
 
 from bandit.mixtures import get_mixture
 from common.cli import UserError, fail
+from dpo_iteration.pairs import CHOOSE_TYPES
+from generation.prompts import TEMPLATES
+from generation.sampling import check_count, sampler_from_json
 from scripts import machine, memory
 from scripts.settings import GROUPS, KNOWN, Settings, is_name, show
 
@@ -58,8 +62,10 @@ def parse(words: list[str]) -> dict:
     return found
 
 
-def read_recipe(recipe: str) -> dict:
-    """Return {name: value} of a recipe and of the one that it extends."""
+def read_recipe(recipe: str, above: tuple[str, ...] = ()) -> dict:
+    """Return {name: value} of a recipe and of the one that it extends; `above`: those that extend it."""
+    if recipe in above:
+        raise UserError(f"RECIPE {recipe!r}: extends itself")
     path = Path(recipe)
     if not recipe.endswith(".yaml"):
         if not is_name(recipe):
@@ -78,7 +84,7 @@ def read_recipe(recipe: str) -> dict:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from None
     if not isinstance(rows, dict):
         raise UserError(f"{path}: not a list of NAME: value")
-    base = read_recipe(rows.pop(EXTENDS)) if EXTENDS in rows else {}
+    base = read_recipe(str(rows.pop(EXTENDS)), (*above, recipe)) if EXTENDS in rows else {}
     return base | {name: read(str(name), value, f"{path.name}: ") for name, value in rows.items()}
 
 
@@ -101,16 +107,32 @@ def resolve(words: list[str]) -> Settings:
     return s
 
 
+def check_names(s: Settings) -> None:
+    """Raise `UserError` for a name that is in no table: its own stage would find it hours later."""
+    for sampler in s.SAMPLERS:
+        try:
+            own = sampler_from_json(json.dumps(s.PAIRS[sampler])) if sampler in s.PAIRS else get_mixture(sampler)
+            check_count(own.pairs(s.BETA), s.K or own.candidates)
+        except (ValueError, UserError) as error:
+            raise UserError(f"SAMPLERS, {sampler}: {error}") from None
+    configs = {file.stem for file in (ALIGNMENT / "configs").glob("*.yaml")}
+    tables = {"TEMPLATE": TEMPLATES, "CHOOSE_TYPE": ["sampler", *CHOOSE_TYPES], "ACCELERATE_CONFIG": configs}
+    if s.LOSS_TYPE != "rev_kl":
+        with contextlib.suppress(ImportError):  # of torch: it takes seconds, and this Python may have none
+            from dpo_iteration.losses import LOSSES
+
+            tables["LOSS_TYPE"] = LOSSES
+    for name, table in tables.items():
+        if getattr(s, name) not in table:
+            raise UserError(f"{name} {getattr(s, name)!r}: there are {', '.join(sorted(table))}")
+
+
 def check(s: Settings, driver: str) -> None:
     """Raise `UserError` for settings that do not go together, or not with this machine; settle the batches."""
     for name in ("BASE_MODEL", "PROMPTS") if s.REWARD_FUNCTION else ("BASE_MODEL", "PROMPTS", "REWARD_MODEL"):
         if not getattr(s, name):
             raise UserError(f"recipe {s.RECIPE} names no {name}; give {name}=...")
-    for sampler in s.SAMPLERS:
-        try:
-            s.PAIRS.get(sampler) or get_mixture(sampler)
-        except ValueError as error:
-            raise UserError(f"SAMPLERS: {error}") from None
+    check_names(s)
     if not s.MACHINE_RANK < s.NUM_MACHINES:
         raise UserError(f"MACHINE_RANK {s.MACHINE_RANK}: with NUM_MACHINES {s.NUM_MACHINES} it is below that")
     if s.NUM_MACHINES > 1 and not driver.startswith("sample_train"):

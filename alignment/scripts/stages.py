@@ -441,4 +441,5 @@ def main() -> None:
 if __name__ == "__main__":
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before the command has begun is not a stack trace
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # nor is a reader that has seen enough: DRY_RUN=1 | head
     run(main)

@@ -292,6 +292,12 @@ def test_a_gpu_that_torch_cannot_use_is_refused(tmp_path):
         ({"BACKEND": "v"}, "BACKEND"),
         ({"USE_LORA": "maybe"}, "USE_LORA"),
         ({"PAIRS": "[1]"}, "PAIRS"),
+        ({"PAIRS": '{"mine": [[0.5, [2, -1], [0, 1]]]}', "SAMPLERS": "mine"}, "mine"),
+        ({"SAMPLERS": "mixp", "K": 7}, "mixp"),
+        ({"LOSS_TYPE": "nothing"}, "LOSS_TYPE"),
+        ({"CHOOSE_TYPE": "nothing"}, "CHOOSE_TYPE"),
+        ({"TEMPLATE": "nothing"}, "TEMPLATE"),
+        ({"ACCELERATE_CONFIG": "nothing"}, "ACCELERATE_CONFIG"),
         ({"GPUS": 3}, "GLOBAL_BATCH"),
         ({"NUM_ENGINES": "some"}, "NUM_ENGINES"),
         ({"TENSOR_PARALLEL_SIZE": 0}, "TENSOR_PARALLEL_SIZE"),
@@ -329,9 +335,10 @@ def test_the_environment_sets_nothing():
 
 
 def test_help_lists_every_setting():
-    text = bash("alignment/sample_kl.sh", "--help").stdout
+    long, short = (bash("alignment/sample_kl.sh", word).stdout for word in ("--help", "-h"))
+    assert short == long
     for name in ("SAMPLERS", "LEARNING_RATE", "RUN_DIR", "KL_PROMPTS", "DRY_RUN"):
-        assert f"{name}=" in text
+        assert f"{name}=" in long
 
 
 def test_settings_reach_their_flags():
