@@ -30,8 +30,9 @@ from scripts.settings import GROUPS, KNOWN, Settings, is_name, show
 # What a recipe may hold besides settings: the name of a recipe that it starts from.
 EXTENDS = "EXTENDS"
 # Settings that other programs have as environment variables too; nothing is said about those.
-COMMON_NAMES = {"K", "SEED", "SEEDS", "GPUS", "BETA", "LABELS", "BACKEND", "TEMPLATE", "TEMPERATURE", "ATTENTION"} | {
-    *("OPTIMIZER", "TRAINER", "EPOCHS", "BF16", "MASTER_ADDR", "MASTER_PORT", "ASSETS", "MAX_STEPS", "MAX_LENGTH")
+COMMON_NAMES = {
+    *("K", "SEED", "SEEDS", "GPUS", "BETA", "LABELS", "BACKEND", "TEMPLATE", "TEMPERATURE", "ATTENTION", "OPTIMIZER"),
+    *("TRAINER", "EPOCHS", "BF16", "MASTER_ADDR", "MASTER_PORT", "ASSETS", "MAX_STEPS", "MAX_LENGTH"),
 }
 # Settings that only the training script can judge. The recipes here are tested, so it is asked where one is given.
 JUDGED_IN_TRAINING = {"LOSS_TYPE", "CHOOSE_TYPE", "LENGTH_PENALTY", "LABELS", "LABEL_NOISE", "LR_SCHEDULER"} | {
