@@ -12,6 +12,7 @@ import contextlib
 import difflib
 import json
 import os
+import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -22,18 +23,26 @@ sys.path[:0] = [str(PROJECT), str(ALIGNMENT)]
 
 from bandit.mixtures import get_mixture
 from common.cli import UserError, fail
-from dpo_iteration.pairs import CHOOSE_TYPES
-from generation.prompts import TEMPLATES
 from generation.sampling import check_count, sampler_from_json
-from scripts import machine, memory
+from scripts import machine, memory, stages
 from scripts.settings import GROUPS, KNOWN, Settings, is_name, show
 
 # What a recipe may hold besides settings: the name of a recipe that it starts from.
 EXTENDS = "EXTENDS"
 # Settings that other programs have as environment variables too; nothing is said about those.
-COMMON_NAMES = {"K", "SEED", "SEEDS", "GPUS", "BETA", "LABELS", "BACKEND", "TEMPLATE", "TEMPERATURE", "ATTENTION"} | {
-    *("OPTIMIZER", "TRAINER", "EPOCHS", "BF16", "MASTER_ADDR", "MASTER_PORT", "ASSETS", "MAX_STEPS", "MAX_LENGTH")
+COMMON_NAMES = {
+    *("K", "SEED", "SEEDS", "GPUS", "BETA", "LABELS", "BACKEND", "TEMPLATE", "TEMPERATURE", "ATTENTION", "OPTIMIZER"),
+    *("TRAINER", "EPOCHS", "BF16", "MASTER_ADDR", "MASTER_PORT", "ASSETS", "MAX_STEPS", "MAX_LENGTH"),
 }
+# Settings that only the training script can judge. The recipes here are tested, so it is asked where one is given.
+JUDGED_IN_TRAINING = {"LOSS_TYPE", "CHOOSE_TYPE", "LENGTH_PENALTY", "LABELS", "LABEL_NOISE", "LR_SCHEDULER"} | {
+    *("TRAINER", "TRL_LOSS_TYPE", "OPTIMIZER", "REPORT_TO", "USE_LORA", "QLORA", "EVAL_FRACTION", "BETA")
+}
+PARSE = """import sys
+sys.path.insert(0, {!r})
+from common.cli import run
+from dpo_iteration.{} import parse
+run(lambda: parse(sys.argv[1:]))"""
 
 
 def read(name: str, value, where: str = ""):
@@ -116,7 +125,7 @@ def check_names(s: Settings) -> None:
         except (ValueError, UserError) as error:
             raise UserError(f"SAMPLERS, {sampler}: {error}") from None
     configs = {file.stem for file in (ALIGNMENT / "configs").glob("*.yaml")}
-    tables = {"TEMPLATE": TEMPLATES, "CHOOSE_TYPE": ["sampler", *CHOOSE_TYPES], "ACCELERATE_CONFIG": configs}
+    tables = {"ACCELERATE_CONFIG": configs}
     if s.LOSS_TYPE != "rev_kl":
         with contextlib.suppress(ImportError):  # of torch: it takes seconds, and this Python may have none
             from dpo_iteration.losses import LOSSES
@@ -152,6 +161,20 @@ def check(s: Settings, driver: str) -> None:
     s.MAX_NUM_SEQS = s.MAX_NUM_SEQS or fits or 64
     if not s.DRY_RUN:
         machine.check_environments(s.GPUS)
+
+
+def check_training(s: Settings, words: list[str]) -> None:
+    """Raise `UserError` for what the training script would refuse after the first generation; some seconds."""
+    given = parse(words)
+    own_recipe = given.get("RECIPE", "").endswith(".yaml")
+    if s.DRY_RUN or not (own_recipe or JUDGED_IN_TRAINING & given.keys()):
+        return
+    [command] = stages.train(s, 2, s.SAMPLERS[:1])
+    script = next(i for i, word in enumerate(command) if word.endswith(("run_dpo.py", "run_trl.py")))
+    code = PARSE.format(str(ALIGNMENT), Path(command[script]).stem)
+    done = subprocess.run([command[0], "-c", code, *command[script + 1 :]], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"training: {done.stderr.strip().splitlines()[-1].removeprefix('-c: error: ')}")
 
 
 def make_run_folder(s: Settings) -> tuple[str, str]:
@@ -199,6 +222,8 @@ def main() -> None:
         settings = resolve(words)
         say_what_is_ignored()
         check(settings, driver)
+        if driver.startswith("sample_train"):
+            check_training(settings, words)
         lock, seconds = make_run_folder(settings)
     except UserError as error:
         fail(str(error), driver)

@@ -230,9 +230,7 @@ def test_every_gpu_has_an_engine_and_one_engine_needs_no_ray(given, ray, generat
     size = str(given.get("TENSOR_PARALLEL_SIZE", 1))
     assert flag(commands["generate 1 online"], "--tensor_parallel_size") == size
     for stage, words in plan("sample_eval_safe_rlhf.sh", environment=ray, **given):
-        if (
-            stage == "evaluate"
-        ):  # Ray's engines share each model's prompts; without Ray each engine has its own models
+        if stage == "evaluate":  # on Ray, engines share a model's prompts; else each engine has its own models
             by_ray = "RAY_ADDRESS" in ray or "NUM_ENGINES" in given
             assert values(words, "--num_engines")[:1] == ([generation] if by_ray and generation else [])
 
