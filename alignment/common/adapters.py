@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import shutil
@@ -39,14 +40,30 @@ def whole_model(name: str, what: str, trust_remote_code: bool = False) -> str:
     folder = Path(name)
     if not (folder / CONFIG).is_file():
         return name
-    base = base_of(folder, what)
-    key = hashlib.sha256(json.dumps([folder_sha256(folder), fingerprint(base, "model")]).encode()).hexdigest()[:24]
-    merged = cache() / key
+    base = base_of(folder, what, trust_remote_code)
+    merged = cache() / content_key(folder, base, (_stamps(folder), _stamps(Path(base))))
     if not merged.is_dir():
         with only_one(merged):
             if not merged.is_dir():
                 _merge_into(merged, base, folder, what, trust_remote_code)
     return str(merged)
+
+
+@functools.cache
+def content_key(folder: Path, base: str, stamps: tuple) -> str:
+    """Return a name for adapter and base: a hash of every byte of both, read once per process and state of the files.
+
+    Args:
+        stamps: what tells that the files are still the same.
+    """
+    content = [folder_sha256(folder), fingerprint(base, "model")]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
+
+
+def _stamps(folder: Path) -> tuple:
+    """Return (path, size, date) of a folder's files; nothing for a hub's name."""
+    files = [(path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()] if folder.is_dir() else []
+    return tuple((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in files)
 
 
 def cache() -> Path:
@@ -56,7 +73,7 @@ def cache() -> Path:
     return Path(constants.HF_HOME) / "merged_adapters"
 
 
-def base_of(folder: Path, what: str) -> str:
+def base_of(folder: Path, what: str, trust_remote_code: bool = False) -> str:
     """Return the base model of an adapter's folder, whole. Raise `UserError` for a folder that is ambiguous."""
     named = f"{what} {folder}"
     whole = sorted([*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")])
@@ -74,7 +91,7 @@ def base_of(folder: Path, what: str) -> str:
         base = str(folder / base)
     if Path(base).resolve() == folder.resolve():
         raise UserError(f"{named}: is named as its own base model")
-    return whole_model(base, f"{named}: base model")
+    return whole_model(base, f"{named}: base model", trust_remote_code)
 
 
 @contextlib.contextmanager

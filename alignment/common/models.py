@@ -252,15 +252,20 @@ def tokenizer_fingerprint(tokenizer) -> str:
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def stop_token_ids(tokenizer, model_name: str) -> list[int]:
+def stop_token_ids(tokenizer, model_name: str, trust_remote_code: bool = False) -> list[int]:
     """Return the ids that end a response, sorted: the tokenizer's EOS and the model's generation settings'."""
     from transformers import GenerationConfig
 
     ids = {tokenizer.eos_token_id}
+    name = whole_model(model_name, "policy", trust_remote_code)
     try:
-        listed = GenerationConfig.from_pretrained(whole_model(model_name, "policy")).eos_token_id
-    except OSError:  # a model without a generation_config.json stops at EOS alone
-        listed = None
+        settings = GenerationConfig.from_pretrained(name)
+    except OSError as error:
+        if (Path(name) / "generation_config.json").exists():
+            raise UserError(f"{name}: generation_config.json cannot be read ({first_line(error)})") from None
+        # What transformers makes of such a model, and saves with what is trained from it.
+        settings = GenerationConfig.from_model_config(load_config(name, "policy", trust_remote_code))
+    listed = settings.eos_token_id
     ids |= set(listed if isinstance(listed, list) else [listed])
     return sorted(i for i in ids if i is not None)
 

@@ -19,6 +19,7 @@ from common.records import sha256
 MODEL_FILES = (
     "*.safetensors",
     "config.json",
+    "adapter_config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer.model",

@@ -65,7 +65,7 @@ def make_encoder(options: DataOptions, training: TrainingArguments, data: Record
 
 def has_ids(options: DataOptions, data: RecordStream, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return whether the file holds the ids that were sampled with this tokenizer; if not, one line says why."""
-    first = on_main(lambda: "response_ids" in next(iter(data)))
+    first = on_main(lambda: next(iter(data)).get("response_ids") is not None)
     made_with = data.settings.get("generate", {}).get("tokenizer")
     if first and made_with == tokenizer_fingerprint(tokenizer):
         return True
@@ -83,7 +83,7 @@ def instances(data: RecordStream, encoder: Encoder, implicit: np.ndarray | None 
     for row, instance in enumerate(data):
         if not encoder.sampled:
             instance.pop("response_ids", None)
-        elif "response_ids" not in instance:
+        elif instance.get("response_ids") is None:
             raise UserError(f"{data.path}: row {row}: no 'response_ids', which other rows have")
         elif not all(0 <= i < encoder.vocabulary for ids in instance["response_ids"] for i in ids):
             raise UserError(

@@ -92,7 +92,8 @@ def mixed_max_min(scores: Scores, components: Components, rng: random.Random) ->
         return None
     (component,) = rng.choices(list(sizes), weights=sizes.values())
     members = [i for i, c in enumerate(components) if c == component]
-    return _best(scores, members), _worst(scores, members)
+    # The last of equals is the worst: two different ones of this component even if all are equal.
+    return _best(scores, members), _worst(scores, members[::-1])
 
 
 def _best(scores: Scores, among: Iterable[int]) -> int:

@@ -168,7 +168,7 @@ def sample(
     if wanted:
         give_memory_back()  # what the scoring of an earlier command line has left
         generator = engines.load(args, args.model_name_or_path, None, longest)
-        stop_ids = stop_token_ids(tokenizer, args.model_name_or_path)
+        stop_ids = stop_token_ids(tokenizer, args.model_name_or_path, args.trust_remote_code)
         sampling = Sampling(args.temperature, args.max_new_tokens, stop_ids)
         for response in tqdm(generator.generate(wanted, sampling), "sampling", len(wanted), file=sys.stdout):
             row = {"ids": response.token_ids, "ended": response.stop_reason == "stop"}
@@ -255,7 +255,7 @@ def score(args: argparse.Namespace, groups: list[list], done: Journal, tokenizer
         for name, what in names
     ]
     check_same_width(*models)
-    stop_ids = stop_token_ids(tokenizer, args.model_name_or_path)
+    stop_ids = stop_token_ids(tokenizer, args.model_name_or_path, args.trust_remote_code)
     sequences = [sequence for group in groups for sequence in group]
     for batch in tqdm(list(batches(sequences, args.batch_size)), "scoring", file=sys.stdout):
         if all(f"score {i}" in done.rows for i in batch):

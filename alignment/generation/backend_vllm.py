@@ -154,6 +154,7 @@ class VLLMGenerator:
             temperature=sampling.temperature,
             max_tokens=sampling.max_new_tokens,
             stop_token_ids=sampling.stop_token_ids,
+            ignore_eos=True,  # vLLM's is its first model's tokenizer's; those that end a response are all in the list
             seed=request.seed,
             detokenize=False,
             extra_args={"mixture": [request.weights[i] for i in self.held]} if len(self.held) > 1 else None,

@@ -281,7 +281,8 @@ def generate(args: argparse.Namespace, engines: Engines) -> None:
     todo = slices_to_do(args, tokenizer, longest, settings, pairs)
     if not todo:
         return
-    stop_ids = sorted({i for name in (policy, second) if name for i in stop_token_ids(tokenizer, name)})
+    trust, models = args.trust_remote_code, [name for name in (policy, second) if name]
+    stop_ids = sorted({i for name in models for i in stop_token_ids(tokenizer, name, trust)})
     if not stop_ids:
         print(
             f"no stop token: neither tokenizer nor model has one, so all responses are cut at {args.max_new_tokens}"

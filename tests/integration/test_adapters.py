@@ -31,6 +31,11 @@ def logits(model) -> torch.Tensor:
         return model.eval()(IDS).logits.float()
 
 
+def change_config(folder, **values):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
 def save_adapter(base, folder, targets=("q_proj", "up_proj"), **options):
     """An adapter with random weights, as peft saves it."""
     torch.manual_seed(1)
@@ -93,11 +98,20 @@ def test_a_configuration_beside_the_adapter_is_the_bases(models, tmp_path):
     shutil.copy(models[0] / "config.json", tmp_path / "adapter")
     got = logits(load_causal_lm(str(tmp_path / "adapter"), "policy", "float32"))
     assert torch.allclose(got, wanted, atol=1e-4)
+    change_config(tmp_path / "adapter", lora_alpha=80)
+    base = AutoModelForCausalLM.from_pretrained(models[0], dtype=torch.float32)
+    wanted = logits(PeftModel.from_pretrained(base, tmp_path / "adapter"))
+    assert not torch.allclose(got, wanted, atol=1e-2)
+    got = logits(load_causal_lm(str(tmp_path / "adapter"), "policy", "float32"))
+    assert torch.allclose(got, wanted, atol=1e-4)
 
 
-def change_config(folder, **values):
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+def test_files_are_hashed_once_as_long_as_they_stay_the_same(models, tmp_path, monkeypatch):
+    save_adapter(models[0], tmp_path / "adapter")
+    whole_model(str(tmp_path / "adapter"), "policy")
+    with monkeypatch.context() as patched:
+        patched.delattr(adapters, "folder_sha256")
+        whole_model(str(tmp_path / "adapter"), "policy")
 
 
 @pytest.mark.parametrize("kind", ["whole weights", "pickled", "no base", "lost base", "itself", "other task", "torn"])

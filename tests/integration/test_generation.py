@@ -84,6 +84,16 @@ def test_greedy_equals_the_definition_for_mixed_weights_in_one_batch(models, eng
     assert by_key(hf.generate(requests, sampling)) == expected
 
 
+def test_nothing_but_the_given_ids_ends_a_response(models, engine, hf):
+    """Not the tokenizer's EOS either, where it is not among them: models of one vocabulary may differ in it."""
+    requests = make_requests(16, seed=3)
+    sampling = Sampling(0.0, 24, [7])
+    expected = {r.key: greedy(models, r, sampling) for r in requests}
+    assert any(2 in ids[:-1] for ids, _ in expected.values()), "EOS was never sampled: the test shows nothing"
+    assert by_key(engine.generate(requests, sampling)) == expected
+    assert by_key(hf.generate(requests, sampling)) == expected
+
+
 def test_slots_really_move_while_results_stay_right(models, engine, monkeypatch):
     moves = []
     follow = processor.follow

@@ -17,6 +17,7 @@ import torch
 from commands import ALIGNMENT, python
 from tiny import save_tiny_policy, tiny_tokenizer
 
+from common.cli import UserError
 from common.models import encode_prompt, encode_response, load_causal_lm, load_tokenizer, stop_token_ids
 from common.records import read_records, write_records
 
@@ -170,6 +171,20 @@ def test_a_first_training_step_sees_the_same_log_probabilities(sampled, tmp_path
     for name, sides in (("chosen", chosen), ("rejected", [1 - side for side in chosen])):
         mean = math.fsum(values[2 * index + side] for index, side in enumerate(sides)) / len(sides)
         assert first[f"logps/{name}"] == pytest.approx(mean, abs=TOLERANCE)
+
+
+def test_a_model_and_what_is_trained_from_it_stop_at_the_same_ids(tmp_path):
+    """Without generation_config.json its config.json lists them, which transformers then saves with its weights."""
+    save_tiny_policy(tmp_path / "base", 0)
+    config, generation = (tmp_path / "base" / f"{name}config.json" for name in ("", "generation_"))
+    config.write_text(json.dumps({**json.loads(config.read_text()), "eos_token_id": [2, 7, 13]}))
+    generation.unlink()
+    load_causal_lm(str(tmp_path / "base"), "policy", "float32").save_pretrained(tmp_path / "trained")
+    for folder in ("base", "trained"):
+        assert stop_token_ids(tiny_tokenizer(), str(tmp_path / folder)) == [2, 7, 13], folder
+    generation.write_text("{")
+    with pytest.raises(UserError, match="generation_config"):
+        stop_token_ids(tiny_tokenizer(), str(tmp_path / "base"))
 
 
 def main() -> None:

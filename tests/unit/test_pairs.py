@@ -136,6 +136,15 @@ def test_mixed_max_min_stays_within_a_component(pairs):
         assert (rewards[pair.chosen], rewards[pair.rejected]) == (max(inside), min(inside))
 
 
+def test_a_drawn_label_of_equal_rewards_is_of_one_component():
+    """A fair coin between two responses of the component that was drawn, however many other responses are there."""
+    components, rewards = [0, 0, 1, 1, 1], [1.0, 1.0, 2.0, 2.0, 2.0]
+    rows = [instance(rewards, components)] * 200
+    kept, _ = kept_and_dropped(rows, "f", "mixed_max_min", 0, label_seed=0)
+    chosen = [(components[pair.chosen], components[pair.rejected], pair.chosen != pair.rejected) for _, pair in kept]
+    assert set(chosen) == {(0, 0, True), (1, 1, True)}
+
+
 def test_mixed_max_min_uses_every_component_in_proportion():
     """The published scripts forgot an offset: no pair ever came from the second component."""
     rng = random.Random(0)
