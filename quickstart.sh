@@ -7,8 +7,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 export HF_HUB_OFFLINE=1  # all that it reads is in packages
 
-[[ " $* " != *" --help "* ]] || exec bash alignment/sample_train_safe_rlhf.sh --help
-[[ " $* " == *" DRY_RUN=1 "* ]] || bash setup.sh cpu
+[[ ! " $* " =~ " "(-h|--help)" " ]] || exec bash alignment/sample_train_safe_rlhf.sh --help
+[[ " $* " =~ " DRY_RUN="(1|[Tt]rue|[Yy]es)" " ]] || bash setup.sh cpu
 # The drivers hold the loop of the paper's 7B experiments; the recipe `quickstart` makes it one of a 135M model.
 bash alignment/scripts/quickstart_assets.sh "$@"
 for driver in train_safe_rlhf eval_safe_rlhf kl; do

@@ -14,17 +14,22 @@ lint() {
     git ls-files -z '*.sh' .ci/run | xargs -0 shellcheck --external-sources --severity=style
 }
 
-# The bandit's half beside the rest: about a minute and a half of a core each.
-unit() {
-    local status=0
-    python -m pytest -q tests/unit/test_bandit*.py &
-    python -m pytest -q tests/unit --ignore-glob='*/test_bandit*' || status=$?
+# Runs pytest on the folders $1 beside pytest on the folders $2: one core each.
+beside() {
+    local status=0 log
+    log=$(mktemp)
+    # shellcheck disable=SC2086  # lists of words
+    python -m pytest -q $1 >"$log" 2>&1 &
+    # shellcheck disable=SC2086
+    python -m pytest -q $2 || status=$?
     wait $! || status=$?
+    cat "$log"
+    rm "$log"
     return "$status"
 }
 
 case ${1:-} in
-    "") lint && python -m pytest ;;
-    --fast) lint && unit ;;
+    "") lint && beside "tests/unit tests/faults" tests/integration ;;
+    --fast) lint && beside "$(echo tests/unit/test_bandit*.py)" "tests/unit --ignore-glob=*/test_bandit*" ;;
     *) python -m pytest "$@" ;;
 esac

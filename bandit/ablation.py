@@ -31,7 +31,7 @@ DEFAULTS = {
     "reward_gap": 1.0,  # standard deviation of the arms' rewards, which are normal
     "reference": 0.0,  # pi_ref proportional to exp(reference * reward)
     "label_noise": 0.0,  # share of flipped labels
-    "pairs": 64,  # labelled pairs an update
+    "pairs": 64,  # labelled pairs per update
     "budget": 8192,  # labelled pairs in all
     "max_updates": 300,  # exact updates before "not reached"
 }

@@ -41,7 +41,7 @@ class Mixture:
         about: what a pair is, in a few words, and its source.
         second_model: what the second weight belongs to: `reference`, or `previous`, the policy of the iteration
             before the current one.
-        candidates: responses a prompt, K.
+        candidates: responses per prompt, K.
         choose: how two of the candidates become a pair, a rule of alignment/dpo_iteration/pairs.py: `max_min` the
             best and the worst by reward, `implicit_max_min` by implicit reward, `max_sweet` the best and the one
             nearest to two standard deviations below the mean, `random` any two.
@@ -144,7 +144,7 @@ _FAMILY = re.compile(r"mix[:_]([^:_,]+)[_,]([^:_,]+)[_,]([^:_,]+)")
 
 
 def get_mixture(name: str) -> Mixture:
-    """A row of the table, or the family's member `mix_A_B_P`, see `family`.
+    """Return a row of the table, or the family's member `mix_A_B_P`, see `family`.
 
     Raises:
         ValueError: the name is neither.

@@ -1,5 +1,6 @@
 """Result folders: checked before a run, written whole after it."""
 
+import errno
 import hashlib
 import json
 import os
@@ -69,13 +70,26 @@ def progress_bar(total: int, unit: str) -> Callable[[str, int], None]:
 
 
 def save(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls write on a temporary name beside path, then renames: path is never half written."""
+    """Call write on a temporary name beside path, then rename: path is never half written, and on the disk then."""
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         write(temporary)
+        _flush(temporary)
         os.replace(temporary, path)
+        _flush(path.absolute().parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that cannot flush folders
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def save_text(path: Path, text: str) -> None:

@@ -1,7 +1,7 @@
 """Sampled gradients: N labelled pairs per update, as counts of (winner, loser) cells.
 
-A pair drawn from the symmetric weights w with a Bradley-Terry label falls into cell (winner y, loser y') with
-probability 2 w(y, y') P*(y, y') for y != y' (and w(y, y) on the diagonal, where the gradient is 0). The loss of the N
+A pair is drawn from the symmetric weights w, its label is Bradley-Terry. It falls into cell (winner y, loser y') with
+probability 2 w(y, y') P*(y, y') for y != y', and w(y, y) on the diagonal, where the gradient is 0. The loss of the N
 pairs depends on the counts of the cells alone, so they are drawn directly.
 """
 

@@ -47,8 +47,8 @@ class Products:
         terms: (mass, a, b), each.
         constant: weight that every pair has.
         normalised: a and b sum to 1. A distribution has no scale of its own: w is then divided by the sum over terms
-            of 2 * mass * max a * max b, so that it is at most 1 (exactly 1 for the uniform pair, DPO-Unif's weight),
-            which keeps the matched step below the stability limit.
+            of 2 * mass * max a * max b. So w is at most 1 (exactly 1 for the uniform pair, DPO-Unif's weight), which
+            keeps the matched step below the stability limit.
         limit: |log a(y) b(y')| is clipped to it, [envs, 1].
     """
 

@@ -1,8 +1,8 @@
 """Samplers compared fairly: each at a step size tuned for it, on environments that the result does not use.
 
 At one lr a comparison of samplers is a comparison of step sizes: their losses differ in curvature by orders of
-magnitude. So every run has lr = scale * (stability limit of that sampler in that environment), and the scale is the
-one of a grid that did best on other environments of the same kind.
+magnitude. So every run has lr = scale * (stability limit of that sampler in that environment). The scale is the one
+of a grid that did best on other environments of the same kind.
 """
 
 from collections.abc import Callable

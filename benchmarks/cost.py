@@ -36,7 +36,7 @@ class Hardware:
     flops_share: float = 0.4
     link_share: float = 0.7
     latency: float = 10e-6  # seconds a collective operation, times the nodes that it spans
-    overhead: float = 4e9  # bytes a GPU: CUDA context, communication buffers, graphs, fragments
+    overhead: float = 4e9  # bytes per GPU: CUDA context, communication buffers, graphs, fragments
 
     @property
     def usable(self) -> float:
@@ -72,7 +72,7 @@ class Workload:
     pairs_per_gpu: int = 1  # a forward pass
     epochs: int = 2
     max_num_seqs: int = 64  # responses that an engine samples at a time
-    eval_pairs: int = 8  # a GPU and forward pass of the reference (transformers' default)
+    eval_pairs: int = 8  # per GPU and forward pass of the reference (transformers' default)
     token_budget: int = 16384  # in a batch of the reward model
     kl_prompts: int = 200
 

@@ -70,7 +70,7 @@ def medians(sides: Mapping[str, Callable[[], float]], repetitions: int = REPETIT
     """The median figure of each side. The sides take turns, so that a busy machine hits all alike.
 
     Args:
-        sides: name → what runs it once and returns its figure (seconds, tokens a second).
+        sides: name → what runs it once and returns its figure (seconds, tokens per second).
     """
     figures = {name: [] for name in sides}
     for turn in range(repetitions):

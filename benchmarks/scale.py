@@ -47,7 +47,7 @@ HARDWARE_FLAGS = {
     "--flops_share": ("flops_share", 1, "share of the arithmetic that is reached"),
     "--link_share": ("link_share", 1, "share of links and network that is reached"),
     "--latency": ("latency", 1e-6, "of a collective operation, microseconds a node that it spans"),
-    "--overhead": ("overhead", 1e9, "context, communication buffers, graphs, fragments, GB a GPU"),
+    "--overhead": ("overhead", 1e9, "context, communication buffers, graphs, fragments, GB per GPU"),
 }
 
 
@@ -67,14 +67,14 @@ def parser() -> Parser:
 
 WORKLOAD_TEXT = {
     "prompts": "training prompts of an iteration",
-    "responses": "responses a prompt",
+    "responses": "responses per prompt",
     "prompt_tokens": "tokens of a prompt",
     "new_tokens": "tokens of a response",
     "batch": "pairs an optimizer step, at least",
-    "pairs_per_gpu": "pairs a GPU and forward pass",
+    "pairs_per_gpu": "pairs per GPU and forward pass",
     "epochs": "passes over the pairs",
     "max_num_seqs": "responses that an engine samples at a time",
-    "eval_pairs": "pairs a GPU and forward pass of the reference",
+    "eval_pairs": "pairs per GPU and forward pass of the reference",
     "token_budget": "tokens in a batch of the reward model",
     "kl_prompts": "prompts of the KL",
 }
@@ -152,7 +152,7 @@ def stages(shape: Shape, gpus: int, work: Workload, hardware: Hardware) -> list[
 def stage_table(rows: list[Stage]) -> str:
     """Memory, time and bound of stages; no time where there is no room."""
     return table(
-        ["stage", "layout", "GB a GPU", "fits", "time", "bound by"],
+        ["stage", "layout", "GB per GPU", "fits", "time", "bound by"],
         [
             [row.name, row.layout, f"{row.memory / 1e9:.1f}"]
             + (["yes", duration(row.seconds), row.bound] if row.fits else ["**no**", "–", "–"])
@@ -166,9 +166,9 @@ def model_table(shapes: dict[str, Shape], work: Workload, hardware: Hardware) ->
     rows = {
         "parameters": lambda s: f"{s.parameters:,}",
         "weights in bf16, also a saved model": lambda s: gigabytes(model_file_bytes(s)),
-        "optimizer states (12 bytes a parameter)": lambda s: gigabytes(OPTIMIZER * s.parameters),
+        "optimizer states (12 bytes per parameter)": lambda s: gigabytes(OPTIMIZER * s.parameters),
         "checkpoint from which training continues": lambda s: gigabytes(checkpoint_bytes(s)),
-        "KV cache, a token": lambda s: f"{kv_bytes(s):,} bytes",
+        "KV cache, per token": lambda s: f"{kv_bytes(s):,} bytes",
         f"KV cache, a response of {work.length} tokens": lambda s: gigabytes(kv_bytes(s, work.length)),
         "the same in a mixture engine: two caches": lambda s: gigabytes(2 * kv_bytes(s, work.length)),
         "fewest GPUs that train it (whole nodes)": lambda s: gpus_to_train(s, work, hardware) or "–",
@@ -188,7 +188,7 @@ def decode_table(shapes: dict[str, Shape], sizes: list[int], work: Workload, har
                 terms = decode_step(models, work, hardware, parallel, batch)
                 speed = batch / in_turn(terms) / parallel
                 rows.append([f"{name}, {kind}", parallel, batch, *milliseconds(terms), f"{speed:,.0f}"])
-    return table(["engine", "TP", "batch", *KINDS_MS, "tokens/s a GPU"], rows)
+    return table(["engine", "TP", "batch", *KINDS_MS, "tokens/s per GPU"], rows)
 
 
 def training_table(shapes: dict[str, Shape], sizes: list[int], work: Workload, hardware: Hardware) -> str:
@@ -204,7 +204,7 @@ def training_table(shapes: dict[str, Shape], sizes: list[int], work: Workload, h
                     speed = pairs * gpus / overlapped(terms)
                     batch = global_batch(more, gpus)
                     rows.append([name, gpus, pairs, batch, *milliseconds(terms), planned.bound, f"{speed:,.0f}"])
-    head = ["model", "GPUs", "pairs a GPU", "global batch", *KINDS_MS, "bound by", "pairs/s"]
+    head = ["model", "GPUs", "pairs per GPU", "global batch", *KINDS_MS, "bound by", "pairs/s"]
     return table(head, rows)
 
 

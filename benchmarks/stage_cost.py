@@ -9,6 +9,7 @@ import math
 from benchmarks.cost import Hardware, Shape, Stage, Workload, add, in_turn, overlapped, pass_terms, scale
 from scripts import memory
 from scripts.memory import (
+    FP32,
     GRADIENT,
     OPTIMIZER,
     REDUCE_BUCKET,
@@ -20,6 +21,8 @@ from scripts.memory import (
     model_file_bytes,
     training_bytes,
 )
+
+FLOAT32_RATE = 67 / 989  # of the bf16 rate, on an H100: PyTorch computes float32 without tensor cores
 
 # --- Generation ---------------------------------------------------------------------------------------------------
 
@@ -80,7 +83,7 @@ def annotation(shape: Shape, work: Workload, hardware: Hardware, workers: int) -
     passes = work.prompts * work.responses * work.length / work.token_budget / workers
     terms = scale(pass_terms(shape, hardware, 1, work.token_budget, work.length / 2), passes)
     memory = model_file_bytes(shape) + activation_bytes(shape, work.token_budget) + hardware.overhead
-    layout = f"{workers} reward model(s), one a GPU"
+    layout = f"{workers} reward model(s), one per GPU"
     return Stage("annotation", layout, memory, hardware.holds(memory), in_turn(terms), terms)
 
 
@@ -97,12 +100,13 @@ def reference_pass(shape: Shape, work: Workload, hardware: Hardware, gpus: int) 
 
 
 def kl(shape: Shape, work: Workload, hardware: Hardware, gpus: int) -> list[Stage]:
-    """Sampling with one engine of the policy; then policy and reference, whole on one GPU, score the responses."""
+    """Sampling with one engine of the policy; then both models score, in float32 and whole on one GPU."""
     sampled = sampling("KL: sampling", [shape], work, hardware, gpus, work.kl_prompts, engines=1)
     per_pass = 8 * work.length  # get_kl.py --batch_size
     passes = 2 * math.ceil(work.kl_prompts * work.length / per_pass)
     terms = scale(pass_terms(shape, hardware, 1, per_pass, work.length / 2), passes)
-    memory = 2 * (model_file_bytes(shape) + activation_bytes(shape, per_pass)) + hardware.overhead
+    terms |= {"memory bandwidth": 2 * terms["memory bandwidth"], "compute": terms["compute"] / FLOAT32_RATE}
+    memory = 2 * (model_file_bytes(shape, FP32) + 2 * activation_bytes(shape, per_pass)) + hardware.overhead
     layout = "both models on 1 GPU"
     return [sampled, Stage("KL: scoring", layout, memory, hardware.holds(memory), in_turn(terms), terms)]
 

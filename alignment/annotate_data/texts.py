@@ -97,9 +97,14 @@ def encode(
     return [row[1:] if row[:2] == twice else row for row in ids], cut
 
 
+def _control_tokens(tokenizer) -> dict[int, str]:
+    """Id → text of all of them; `all_special_ids` would be those that have a name, such as EOS."""
+    return {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
 def _with_control_text(tokenizer, responses: list[str]) -> list[int]:
     """Indices of the responses that spell a control token."""
-    names = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    names = _control_tokens(tokenizer).values()
     return [i for i, text in enumerate(responses) if tokenizer.is_fast and any(name in text for name in names)]
 
 
@@ -108,11 +113,11 @@ def _encode_as_text(tokenizer, text: str, response: str, limit: float) -> tuple[
     response = response if response in text else response.strip()  # a template may strip it
     start = text.rfind(response)
     end = start + len(response)
-    found = tokenizer(text, return_offsets_mapping=True, verbose=False)
+    found, control = tokenizer(text, return_offsets_mapping=True, verbose=False), _control_tokens(tokenizer)
     ids, closing = [], []
     for token, (begin, stop) in zip(found["input_ids"], found["offset_mapping"], strict=True):
         inside = 0 <= start <= begin < stop <= end
-        if inside and token in tokenizer.all_special_ids:
+        if inside and token in control:
             ids += tokenizer(text[begin:stop], add_special_tokens=False, split_special_tokens=True)["input_ids"]
         else:
             ids.append(token)

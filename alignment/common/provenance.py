@@ -76,13 +76,13 @@ def fingerprint(name: str, what: str) -> dict[str, str | None]:
     if path.is_file():
         return {"sha256": sha256(path)}
     if path.is_dir():
-        return {"sha256": folder_sha256(path)}
+        return {"sha256": folder_sha256(path, is_model=what != "data")}
     return {"commit": hub_commit(name, "dataset" if what == "data" else "model")}
 
 
-def folder_sha256(folder: Path) -> str:
+def folder_sha256(folder: Path, is_model: bool = True) -> str:
     """Return the SHA-256 over (name, size, SHA-256) of a model's files, or of all of another folder's, by name."""
-    patterns = MODEL_FILES if (folder / "config.json").is_file() else ("**/*",)
+    patterns = MODEL_FILES if is_model and (folder / "config.json").is_file() else ("**/*",)
     files = sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
     with ThreadPoolExecutor(4) as pool:  # hashing leaves Python's lock
         digests = list(pool.map(sha256, files))

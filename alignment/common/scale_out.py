@@ -1,7 +1,7 @@
 """More than one engine, on one machine or many: an engine class runs as a pool of actors of Ray Data.
 
 The script's own process divides the work into items, hands them out, and gets each answer back as soon as its item
-is finished, so that it alone writes files, with one engine or a hundred. Ray starts an actor that died (with its
+is finished. So it alone writes files, with one engine or a hundred. Ray starts an actor that died (with its
 process, GPU or node) again, where there is room, and repeats the items that it had not answered; each item is
 answered once. Nothing here imports Ray before a script asks for more than one engine.
 """

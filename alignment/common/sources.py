@@ -45,7 +45,11 @@ def content_of(source: str, split: str) -> dict:
     if path.is_dir():
         # A saved folder's JSON files hold times and random names: its Arrow files are what it holds.
         arrow = sorted(path.rglob("*.arrow")) if _is_saved(path) else []
-        whole = hashlib.sha256("".join(map(sha256, arrow)).encode()).hexdigest() if arrow else folder_sha256(path)
+        whole = (
+            hashlib.sha256("".join(map(sha256, arrow)).encode()).hexdigest()
+            if arrow
+            else folder_sha256(path, is_model=False)
+        )
         return {"split": split, "sha256": whole}
     return {"sha256": sha256(path)}
 

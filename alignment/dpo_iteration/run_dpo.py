@@ -95,6 +95,8 @@ def train(trainer: Trainer, options: DataOptions, output_dir: str) -> None:
     checkpoint = on_main(checkpoints.newest_checkpoint, checkpoints.work_dir(output_dir))
     say(f"continuing from {checkpoint}" if checkpoint else f"training on {len(trainer.train_dataset)} pairs")
     dtype = options.save_dtype or ("bfloat16" if trainer.args.bf16 else "float32")
+    if dtype == "bfloat16" and not trainer.is_deepspeed_enabled:
+        say("trained in float32, saved in bfloat16: small steps are rounded away (--save_dtype float32 keeps them)")
     with checkpoints.saving(output_dir):
         trainer.train(resume_from_checkpoint=checkpoint)
         checkpoints.publish(trainer, options, output_dir, dtype)

@@ -1,6 +1,6 @@
 """KL divergence of a policy from its reference on held-out prompts.
 
-Samples responses of the policy at temperature T (top-p 1), or takes existing ones (--responses), and sums the exact
+Samples responses of the policy at temperature T (top-p 1), or takes existing ones (--responses). Sums the exact
 per-token KL along their sampled ids, scored at the same T and in float32; see kl.py.
 
 Reads   a policy, a reference with the same tokenizer, and prompts as generate.py does.
@@ -88,6 +88,8 @@ def parser() -> Parser:
 
 def measure(args: argparse.Namespace, engines: Engines) -> None:
     """Write the KL of one command line."""
+    if args.responses and (args.start or args.end):
+        raise UserError("--start, --end: are for prompts that are sampled from; of --responses all are scored")
     tokenizer, room = check_models(args)
     prompts = None if args.responses else read_prompts(args, tokenizer, room, args.start, args.end)
     settings = settings_of(args)

@@ -218,7 +218,7 @@ def check(s: Settings, driver: str, gpu_memory: int) -> int | None:
             raise UserError(f"ACCELERATE_CONFIG=zero3_offload needs {gb(need)} of host memory, which has {gb(host)}")
     if policy and driver == "sample_kl.sh":
         need = 2 * model_file_bytes(policy, BF16 if s.KL_DTYPE == "bfloat16" else FP32) + OVERHEAD
-        if need > room * s.TENSOR_PARALLEL_SIZE:
+        if need > room:  # scored with transformers, both on one GPU
             raise UserError(f"the two models of the KL need {gb(need)} on {have}; KL_DTYPE=bfloat16 needs half")
     if scorer and (need := model_file_bytes(scorer) + OVERHEAD) > room:
         raise UserError(f"REWARD_MODEL {s.REWARD_MODEL} needs {gb(need)} on one of {have}: name a smaller one")

@@ -8,9 +8,11 @@ Writes  to standard output, one per line, what a driver needs: all settings as J
     python alignment/scripts/resolve.py DRIVER --help
 """
 
+import contextlib
 import difflib
 import json
 import os
+import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -21,15 +23,26 @@ sys.path[:0] = [str(PROJECT), str(ALIGNMENT)]
 
 from bandit.mixtures import get_mixture
 from common.cli import UserError, fail
-from scripts import machine, memory
+from generation.sampling import check_count, sampler_from_json
+from scripts import machine, memory, stages
 from scripts.settings import GROUPS, KNOWN, Settings, is_name, show
 
 # What a recipe may hold besides settings: the name of a recipe that it starts from.
 EXTENDS = "EXTENDS"
 # Settings that other programs have as environment variables too; nothing is said about those.
-COMMON_NAMES = {"K", "SEED", "SEEDS", "GPUS", "BETA", "LABELS", "BACKEND", "TEMPLATE", "TEMPERATURE", "ATTENTION"} | {
-    *("OPTIMIZER", "TRAINER", "EPOCHS", "BF16", "MASTER_ADDR", "MASTER_PORT", "ASSETS", "MAX_STEPS", "MAX_LENGTH")
+COMMON_NAMES = {
+    *("K", "SEED", "SEEDS", "GPUS", "BETA", "LABELS", "BACKEND", "TEMPLATE", "TEMPERATURE", "ATTENTION", "OPTIMIZER"),
+    *("TRAINER", "EPOCHS", "BF16", "MASTER_ADDR", "MASTER_PORT", "ASSETS", "MAX_STEPS", "MAX_LENGTH"),
 }
+# Settings that only the training script can judge. The recipes here are tested, so it is asked where one is given.
+JUDGED_IN_TRAINING = {"LOSS_TYPE", "CHOOSE_TYPE", "LENGTH_PENALTY", "LABELS", "LABEL_NOISE", "LR_SCHEDULER"} | {
+    *("TRAINER", "TRL_LOSS_TYPE", "OPTIMIZER", "REPORT_TO", "USE_LORA", "QLORA", "EVAL_FRACTION", "BETA")
+}
+PARSE = """import sys
+sys.path.insert(0, {!r})
+from common.cli import run
+from dpo_iteration.{} import parse
+run(lambda: parse(sys.argv[1:]))"""
 
 
 def read(name: str, value, where: str = ""):
@@ -58,8 +71,10 @@ def parse(words: list[str]) -> dict:
     return found
 
 
-def read_recipe(recipe: str) -> dict:
-    """Return {name: value} of a recipe and of the one that it extends."""
+def read_recipe(recipe: str, above: tuple[str, ...] = ()) -> dict:
+    """Return {name: value} of a recipe and of the one that it extends; `above`: those that extend it."""
+    if recipe in above:
+        raise UserError(f"RECIPE {recipe!r}: extends itself")
     path = Path(recipe)
     if not recipe.endswith(".yaml"):
         if not is_name(recipe):
@@ -78,7 +93,7 @@ def read_recipe(recipe: str) -> dict:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from None
     if not isinstance(rows, dict):
         raise UserError(f"{path}: not a list of NAME: value")
-    base = read_recipe(rows.pop(EXTENDS)) if EXTENDS in rows else {}
+    base = read_recipe(str(rows.pop(EXTENDS)), (*above, recipe)) if EXTENDS in rows else {}
     return base | {name: read(str(name), value, f"{path.name}: ") for name, value in rows.items()}
 
 
@@ -101,16 +116,32 @@ def resolve(words: list[str]) -> Settings:
     return s
 
 
+def check_names(s: Settings) -> None:
+    """Raise `UserError` for a name that is in no table: its own stage would find it hours later."""
+    for sampler in s.SAMPLERS:
+        try:
+            own = sampler_from_json(json.dumps(s.PAIRS[sampler])) if sampler in s.PAIRS else get_mixture(sampler)
+            check_count(own.pairs(s.BETA), s.K or own.candidates)
+        except (ValueError, UserError) as error:
+            raise UserError(f"SAMPLERS, {sampler}: {error}") from None
+    configs = {file.stem for file in (ALIGNMENT / "configs").glob("*.yaml")}
+    tables = {"ACCELERATE_CONFIG": configs}
+    if s.LOSS_TYPE != "rev_kl":
+        with contextlib.suppress(ImportError):  # of torch: it takes seconds, and this Python may have none
+            from dpo_iteration.losses import LOSSES
+
+            tables["LOSS_TYPE"] = LOSSES
+    for name, table in tables.items():
+        if getattr(s, name) not in table:
+            raise UserError(f"{name} {getattr(s, name)!r}: there are {', '.join(sorted(table))}")
+
+
 def check(s: Settings, driver: str) -> None:
     """Raise `UserError` for settings that do not go together, or not with this machine; settle the batches."""
     for name in ("BASE_MODEL", "PROMPTS") if s.REWARD_FUNCTION else ("BASE_MODEL", "PROMPTS", "REWARD_MODEL"):
         if not getattr(s, name):
             raise UserError(f"recipe {s.RECIPE} names no {name}; give {name}=...")
-    for sampler in s.SAMPLERS:
-        try:
-            s.PAIRS.get(sampler) or get_mixture(sampler)
-        except ValueError as error:
-            raise UserError(f"SAMPLERS: {error}") from None
+    check_names(s)
     if not s.MACHINE_RANK < s.NUM_MACHINES:
         raise UserError(f"MACHINE_RANK {s.MACHINE_RANK}: with NUM_MACHINES {s.NUM_MACHINES} it is below that")
     if s.NUM_MACHINES > 1 and not driver.startswith("sample_train"):
@@ -130,6 +161,20 @@ def check(s: Settings, driver: str) -> None:
     s.MAX_NUM_SEQS = s.MAX_NUM_SEQS or fits or 64
     if not s.DRY_RUN:
         machine.check_environments(s.GPUS)
+
+
+def check_training(s: Settings, words: list[str]) -> None:
+    """Raise `UserError` for what the training script would refuse after the first generation; some seconds."""
+    given = parse(words)
+    own_recipe = given.get("RECIPE", "").endswith(".yaml")
+    if s.DRY_RUN or not (own_recipe or JUDGED_IN_TRAINING & given.keys()):
+        return
+    [command] = stages.train(s, 2, s.SAMPLERS[:1])
+    script = next(i for i, word in enumerate(command) if word.endswith(("run_dpo.py", "run_trl.py")))
+    code = PARSE.format(str(ALIGNMENT), Path(command[script]).stem)
+    done = subprocess.run([command[0], "-c", code, *command[script + 1 :]], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"training: {done.stderr.strip().splitlines()[-1].removeprefix('-c: error: ')}")
 
 
 def make_run_folder(s: Settings) -> tuple[str, str]:
@@ -177,6 +222,8 @@ def main() -> None:
         settings = resolve(words)
         say_what_is_ignored()
         check(settings, driver)
+        if driver.startswith("sample_train"):
+            check_training(settings, words)
         lock, seconds = make_run_folder(settings)
     except UserError as error:
         fail(str(error), driver)

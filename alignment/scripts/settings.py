@@ -16,6 +16,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
+from dpo_iteration.pairs import CHOOSE_TYPES
+from generation.prompts import TEMPLATES
+
 
 class Kind(NamedTuple):
     """What a setting holds.
@@ -112,6 +115,17 @@ def _table(value) -> dict[str, list]:
     return table
 
 
+def _object(value) -> dict:
+    found = json.loads(value) if isinstance(value, str) else value
+    try:
+        json.dumps(found)
+    except TypeError:  # YAML has dates, for one
+        raise ValueError from None
+    if not isinstance(found, dict):
+        raise ValueError
+    return found
+
+
 COUNT = Kind("a whole number above 0", _above_0)
 NATURAL = Kind("a whole number from 0 to 999999999", _whole)
 NUMBER = Kind("a number, 0 or more", _number)
@@ -124,6 +138,7 @@ SEEDS = Kind("whole numbers with spaces between them", _seeds)
 SOURCES = Kind("files or hub names with spaces between them", _sources)
 MODELS = Kind("NAME=PATH with spaces between them", _models)
 TABLE = Kind('a JSON object {"name": [[p, [w, w], [w, w]], ...]} of samplers', _table)
+OBJECT = Kind("a JSON object", _object)
 
 
 def one_of(*choices: str) -> Kind:
@@ -167,7 +182,9 @@ class Settings:
     PROMPTS: list = setting(None, SOURCES, "prompts: files, folders or hub names")
     DATASET_SPLIT: str = setting(None, TEXT, "split of a data set; not set: train")
     DATASET_KEY: str = setting(None, TEXT, "field that holds the prompt; not set: prompt or messages")
-    TEMPLATE: str = setting("none", TEXT, "what is put around a prompt: none, chat, safe_rlhf, alpaca")
+    TEMPLATE: str = setting("none", one_of(*TEMPLATES), "what is put around a prompt; chat: the tokenizer's own")
+    CHAT_TEMPLATE_KWARGS: dict = setting({}, OBJECT, 'variables of the chat template, {"date_string": "1 Jan 2025"}')
+    CONTINUE_FINAL_MESSAGE: bool = setting(False, FLAG, "chats may end with an assistant's turn, to be continued")
     MAX_PROMPT_CHARACTERS: int = setting(None, COUNT, "longer prompts (with template) are left out", "characters")
     MAX_PROMPT_LENGTH: int = setting(128, COUNT, "longer prompts (with template) are left out", "tokens")
     TRAIN_START: int = setting(0, NATURAL, "first training prompt, counted after the filters")
@@ -181,6 +198,11 @@ class Settings:
     TEMPERATURE: float = setting(0.7, NUMBER, "0 is greedy")
     MAX_NEW_TOKENS: int = setting(128, COUNT, "longest response", "tokens")
     BACKEND: str = setting("vllm", one_of("vllm", "hf"), "what samples")
+    COMPILE: str = setting(
+        None,
+        one_of("eager", "cudagraphs", "inductor"),
+        "what vLLM compiles at each start: nothing, CUDA graphs, or all of the model; not set: eager",
+    )
     GENERATION_DTYPE: str = setting(None, DTYPE, "not set: bfloat16 on a GPU, else float32")
     MAX_NUM_SEQS: int = setting(None, COUNT, "at a time, per engine; not set: what a GPU holds, else 64", "responses")
     TENSOR_PARALLEL_SIZE: int = setting(1, COUNT, "that share a model which does not fit on one", "GPUs")
@@ -206,7 +228,9 @@ class Settings:
     TRAINER: str = setting("ours", one_of("ours", "trl"), "ours: run_dpo.py; trl: TRL's DPOTrainer")
     TRL_LOSS_TYPE: str = setting(None, TEXT, "a loss of TRL, for TRAINER=trl; not set: sigmoid")
     LOSS_TYPE: str = setting("rev_kl", TEXT, "a row of LOSSES in dpo_iteration/losses.py")
-    CHOOSE_TYPE: str = setting("sampler", TEXT, "how a pair is chosen; sampler: as the sampler's row says")
+    CHOOSE_TYPE: str = setting(
+        "sampler", one_of("sampler", *CHOOSE_TYPES), "how a pair is chosen; sampler: as the sampler's row says"
+    )
     LENGTH_PENALTY: float = setting(None, NUMBER, "reward taken per token by CHOOSE_TYPE=max_min_p")
     LABELS: str = setting("margin", one_of("margin", "sampled"), "margin: sigma(margin); sampled: 0 or 1 from it")
     LABEL_NOISE: float = setting(0.0, SHARE, "of the labels that are turned round, up to 0.5", "share")
@@ -252,6 +276,7 @@ class Settings:
     SCORE_KL: bool = setting(False, FLAG, "score what the KL is measured on: reward, KL and value of one policy")
     KL_PROMPTS: int = setting(200, COUNT, "test prompts on which the KL is measured")
     KL_TEMPERATURE: float = setting(None, NUMBER, "not set: TEMPERATURE")
+    PUBLISHED_ESTIMATOR: bool = setting(False, FLAG, "measure also what the published scripts call the KL")
     KL_DTYPE: str = setting(None, DTYPE, "in which both models score; not set: the script's default")
 
     # Machines

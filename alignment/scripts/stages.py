@@ -35,6 +35,11 @@ def flags(**values) -> Words:
     return words
 
 
+def switch(value: bool) -> list | None:
+    """Return what makes `flags` write --name alone, where that is wanted."""
+    return [] if value else None
+
+
 def python(environment: str) -> str:
     """Return the interpreter of an environment; a dry run does without one."""
     return str(machine.python_of(environment) or "python")
@@ -78,6 +83,8 @@ def prompts(s: Settings) -> dict:
         "dataset_split": s.DATASET_SPLIT,
         "dataset_key": s.DATASET_KEY,
         "template": s.TEMPLATE,
+        "chat_template_kwargs": s.CHAT_TEMPLATE_KWARGS or None,
+        "continue_final_message": switch(s.CONTINUE_FINAL_MESSAGE),
         "max_input_length": s.MAX_PROMPT_LENGTH,
         "max_prompt_characters": s.MAX_PROMPT_CHARACTERS,
     }
@@ -91,7 +98,9 @@ def engine(s: Settings) -> dict:
         "max_new_tokens": s.MAX_NEW_TOKENS,
         "tensor_parallel_size": s.TENSOR_PARALLEL_SIZE,
         "gpu_memory_utilization": s.GPU_MEMORY_UTILIZATION,
+        "compile": s.COMPILE,
         "dtype": s.GENERATION_DTYPE,
+        "trust_remote_code": switch(s.TRUST_REMOTE_CODE),
     }
 
 
@@ -99,11 +108,6 @@ def engines(s: Settings, gpus_each: int) -> dict:
     """Return --num_engines: as many as there are GPUs for, or as Ray's cluster has room for. One needs no Ray."""
     count = s.NUM_ENGINES or ("all" if os.environ.get("RAY_ADDRESS") else s.GPUS // gpus_each)
     return {"num_engines": count} if count == "all" or count > 1 else {}
-
-
-def trust(s: Settings) -> Words:
-    """Return the flag that lets a model run its own code, where that is wanted."""
-    return ["--trust_remote_code"] if s.TRUST_REMOTE_CODE else []
 
 
 # --- Training -------------------------------------------------------------------------------------------------------
@@ -132,7 +136,6 @@ def generate(s: Settings, n: int, samplers: list[str]) -> Commands:
             seed=s.SEED * 1000 + n,
             output_file=output,
         )
-        + trust(s)
         for sampler, output in zip(samplers, outputs, strict=True)
     ]
     return script("vllm", "generation/generate.py", lines)
@@ -157,9 +160,10 @@ def score(s: Settings, scorer: str, template: str, inputs: list[Path], outputs: 
         dtype=s.REWARD_DTYPE,
         **more,
         **engines(s, 1),
+        trust_remote_code=switch(s.TRUST_REMOTE_CODE),
         output_file=outputs,
     )
-    return script("rewardflow", "annotate_data/get_rewards.py", [line + trust(s)])
+    return script("rewardflow", "annotate_data/get_rewards.py", [line])
 
 
 def annotate(s: Settings, n: int, samplers: list[str]) -> Commands:
@@ -272,7 +276,7 @@ def answers(s: Settings, lines: dict[tuple[int | None, str], dict]) -> Commands:
     by_ray = s.NUM_ENGINES or os.environ.get("RAY_ADDRESS")  # several engines for each model
     shared = engine(s) | (engines(s, s.TENSOR_PARALLEL_SIZE) if by_ray else {}) | {"seed": s.SEED * 1000}
     words = [
-        flags(model_name_or_path=model(s, *which), **prompts(s), sampler="online", **own, **shared) + trust(s)
+        flags(model_name_or_path=model(s, *which), **prompts(s), sampler="online", **own, **shared)
         for which, own in lines.items()
     ]
     path = "generation/generate.py"
@@ -345,11 +349,11 @@ def kl(s: Settings) -> Commands:
             responses=names.evaluation(s.RUN_DIR, "kl_prompts", n, label) if s.SCORE_KL else None,
             temperature=s.KL_TEMPERATURE,
             scoring_dtype=s.KL_DTYPE,
+            published_estimator=switch(s.PUBLISHED_ESTIMATOR),
             **engine(s),
             seed=s.SEED * 1000,
             output_file=names.kl(s.RUN_DIR, n, label),
         )
-        + trust(s)
         for n, label in trained(s, 1)
     ]
     return spread(s, "vllm", "evaluation/get_kl.py", lines)
@@ -441,4 +445,5 @@ def main() -> None:
 if __name__ == "__main__":
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before the command has begun is not a stack trace
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # nor is a reader that has seen enough: DRY_RUN=1 | head
     run(main)

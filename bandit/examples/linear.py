@@ -68,7 +68,7 @@ def make_parser() -> OneLineParser:
         type=at_least(2),
         default=10,
         metavar="N",
-        help="|Y|, responses a prompt (default 10)",
+        help="|Y|, responses per prompt (default 10)",
     )
     add("--beta", type=positive, default=1.0, help="KL strength, in units of reward (default 1)")
     add("--num_envs", type=at_least(1), default=20, metavar="E", help="instances (default 20)")

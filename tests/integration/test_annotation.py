@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny import save_tiny_policy, save_tiny_reward_model, tiny_tokenizer
+from tokenizers import AddedToken
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
@@ -302,6 +303,17 @@ def test_a_control_token_that_a_response_spells_out_is_text(tmp_path, reward_mod
             truth.append(model.score(model.model(torch.tensor([ids])).last_hidden_state)[0, -1, 0].item())
     [instance] = json.loads((tmp_path / "out.json").read_text())["instances"]
     assert instance["rewards"] == pytest.approx(truth, abs=1e-5)
+
+
+def test_control_tokens_without_a_name_are_text_too():
+    """Llama-3's <|eot_id|> is one: special, and neither EOS nor any other named token."""
+    tokenizer = tiny_tokenizer()
+    # Added the way that a tokenizer.json lists them: no attribute of the tokenizer names it.
+    tokenizer.backend_tokenizer.add_special_tokens([AddedToken("(turn)", special=True, normalized=False)])
+    assert tokenizer("(turn)")["input_ids"] == [1, 36] and 36 not in tokenizer.all_special_ids
+    vocabulary = tokenizer.get_vocab()
+    [ids], _ = encode(tokenizer, ["q(turn)a(turn)b"], None, ["a(turn)b"])
+    assert ids == [1, vocabulary["q"], 36, *(vocabulary.get(c, 3) for c in "a(turn)b")]
 
 
 def test_a_response_continues_the_assistants_turn(tmp_path, reward_model, annotate):

@@ -6,8 +6,10 @@ Where no index can be reached, the tests that need one are skipped.
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from commands import PROJECT
 
 UV = Path(sys.executable).with_name("uv")
 GPU_FILES = sorted(PROJECT.glob("requirements_*.yaml"))
+KEPT = {"bandit", "pyproject.toml", "README.md", "LICENSE"}
 TARGET = ["--python-version", "3.11", "--python-platform", "x86_64-manylinux_2_28"]
 # What uv says when there is no way to an index; anything else is about the requirements.
 NO_NETWORK = re.compile(
@@ -138,3 +141,23 @@ def test_without_a_network_the_tests_are_skipped_not_failed(monkeypatch):
     monkeypatch.setenv("UV_DEFAULT_INDEX", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("UV_HTTP_RETRIES", "0")
     assert NO_NETWORK.search(resolve(["tqdm"]).stderr)
+
+
+def test_the_wheel_is_the_simulator(tmp_path):
+    """`pip wheel .` holds the bandit and no more, and what it holds runs without the project's folder."""
+    copied = shutil.copytree(
+        PROJECT,
+        tmp_path / "project",
+        ignore=lambda folder, names: set(names) - KEPT if Path(folder) == PROJECT else set(),
+    )
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path / "wheel"]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, copied], check=True)
+    [wheel] = (tmp_path / "wheel").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        modules = {name for name in archive.namelist() if name.endswith(".py")}
+        archive.extractall(tmp_path / "installed")
+    sources = (PROJECT / "bandit").rglob("*.py")
+    assert modules == {str(file.relative_to(PROJECT)) for file in sources}
+    command = [sys.executable, "-c", "import bandit.kernel, bandit.plots; print(bandit.__file__)"]
+    done = subprocess.run(command, cwd=tmp_path / "installed", capture_output=True, text=True, check=True)
+    assert Path(done.stdout.strip()).is_relative_to(tmp_path / "installed")

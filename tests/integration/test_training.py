@@ -285,9 +285,10 @@ def test_lora_saves_a_merged_model(models, tmp_path):
     assert not torch.allclose(merged["model.layers.0.mlp.up_proj.weight"], base["model.layers.0.mlp.up_proj.weight"])
 
 
-def test_bf16_saves_bf16(models, tmp_path):
+def test_bf16_saves_bf16_and_says_so(models, tmp_path, capsys):
     instances = make_instances()
     got = train(models, write_data(tmp_path / "d.json", instances), tmp_path / "out", bf16=True)
+    assert "--save_dtype" in capsys.readouterr().out
     assert got[0] == pytest.approx(expected_loss(models, instances), abs=0.05)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}

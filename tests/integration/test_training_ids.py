@@ -63,12 +63,14 @@ def test_the_sampled_ids_are_trained(models, tmp_path, capsys):
     assert f"{used.count(0)} responses whose text would encode differently" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("change", ["other tokenizer", "no fingerprint", "no ids"])
+@pytest.mark.parametrize("change", ["other tokenizer", "no fingerprint", "no ids", "null"])
 def test_text_is_encoded_where_the_ids_are_not_the_policys(models, tmp_path, capsys, change):
     instances = sampled_instances()
     data = write_sampled(tmp_path / "d.json", instances, "0123456789abcdef")
     if change == "no fingerprint":
         write_data(data, instances)
+    if change == "null":  # as joined Arrow data has it
+        write_sampled(data, [{**instance, "response_ids": None} for instance in instances])
     if change == "no ids":
         for instance in instances:
             del instance["response_ids"]
@@ -147,6 +149,13 @@ def test_ids_that_the_policy_does_not_know_are_refused(models, tmp_path, where):
     with pytest.raises(UserError, match=f"d.json: row {where}: .*response_ids"):
         run_dpo.main(flags(models, data, tmp_path / "out"))
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_row_without_the_ids_that_others_have_is_refused(models, tmp_path):
+    instances = sampled_instances()
+    instances[1]["response_ids"] = None
+    with pytest.raises(UserError, match="d.json: row 1: .*response_ids"):
+        run_dpo.main(flags(models, write_sampled(tmp_path / "d.json", instances), tmp_path / "out"))
 
 
 def test_sampled_labels_train_hard_losses(models, tmp_path):

@@ -184,10 +184,8 @@ def cpu_config(stage: int | str, folder: Path, **deepspeed_config) -> Path:
     return folder / f"zero{stage}.yaml"
 
 
-@pytest.fixture(scope="module")
-def zero3(zero_data):
-    """What was printed by ZeRO-3 on two processes with every weight sharded (no tiny ones kept whole)."""
-    folder, models, data, _ = zero_data
+def zero3_config(folder: Path) -> Path:
+    """configs/zero3.yaml with every weight sharded (no tiny ones kept whole)."""
     zero = {
         "stage": 3,
         "stage3_param_persistence_threshold": 0,
@@ -195,7 +193,14 @@ def zero3(zero_data):
     }
     batch = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
     (folder / "ds.json").write_text(json.dumps({"zero_optimization": zero, **batch}))
-    config = cpu_config(3, folder, deepspeed_config_file=str(folder / "ds.json"), zero3_init_flag=True)
+    return cpu_config(3, folder, deepspeed_config_file=str(folder / "ds.json"), zero3_init_flag=True)
+
+
+@pytest.fixture(scope="module")
+def zero3(zero_data):
+    """What was printed by ZeRO-3 on two processes."""
+    folder, models, data, _ = zero_data
+    config = zero3_config(folder)
     script = wrapper(folder, "os.write(1, b'whole weights: %d\\n' % sum(p.numel() for p in self.model.parameters()))")
     script.write_text(script.read_text().replace("run_dpo.main(", WATCH_THE_REFERENCE + "run_dpo.main("))
     words = flags(models, data, folder / "zero3", per_device_train_batch_size=2, **ORDER)
@@ -236,6 +241,15 @@ def test_zero3_equals_one_process(zero_data, zero3):
     assert zero3.count("whole reference weights: 0\n") == 2  # and those of the reference in its pass
     assert zero3.count("shards: 1\n") == 2 == zero3.count("shards left: 0 bytes\n")
     check_equal_training(zero_data[0], "zero3", zero_data[3])
+
+
+def test_an_adapter_under_zero3_is_that_of_one_process(zero_data, tmp_path):
+    _, models, data, _ = zero_data
+    more = {**ORDER, "use_lora": True, "learning_rate": 1e-2}
+    one = train(models, data, tmp_path / "one", **more)
+    words = flags(models, data, tmp_path / "two", per_device_train_batch_size=2, **more)
+    launch(zero3_config(tmp_path), [SCRIPT, *words], DS_ACCELERATOR="cpu")
+    check_equal_training(tmp_path, "two", one)
 
 
 def test_zero3_checkpoint_loads_in_vllm(zero_data, zero3):

@@ -333,6 +333,7 @@ KL_OF_RESPONSES = {
     "ids of no token": ("--responses beyond.json", ["beyond.json: row 1: 'response_ids'"]),
     "ids that are text": ("--responses text_ids.json", ["text_ids.json: row 1: 'response_ids'"]),
     "ids of one response only": ("--responses few_ids.json", ["few_ids.json: row 1: 'response_ids'"]),
+    "a slice of responses": ("--responses made.json --end 1", ["--end"]),
     "of a damaged sampler": ("--responses bad_sampler.json", ["not of the form"]),
 }
 

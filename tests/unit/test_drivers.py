@@ -230,9 +230,7 @@ def test_every_gpu_has_an_engine_and_one_engine_needs_no_ray(given, ray, generat
     size = str(given.get("TENSOR_PARALLEL_SIZE", 1))
     assert flag(commands["generate 1 online"], "--tensor_parallel_size") == size
     for stage, words in plan("sample_eval_safe_rlhf.sh", environment=ray, **given):
-        if (
-            stage == "evaluate"
-        ):  # Ray's engines share each model's prompts; without Ray each engine has its own models
+        if stage == "evaluate":  # on Ray, engines share a model's prompts; else each engine has its own models
             by_ray = "RAY_ADDRESS" in ray or "NUM_ENGINES" in given
             assert values(words, "--num_engines")[:1] == ([generation] if by_ray and generation else [])
 
@@ -292,6 +290,12 @@ def test_a_gpu_that_torch_cannot_use_is_refused(tmp_path):
         ({"BACKEND": "v"}, "BACKEND"),
         ({"USE_LORA": "maybe"}, "USE_LORA"),
         ({"PAIRS": "[1]"}, "PAIRS"),
+        ({"PAIRS": '{"mine": [[0.5, [2, -1], [0, 1]]]}', "SAMPLERS": "mine"}, "mine"),
+        ({"SAMPLERS": "mixp", "K": 7}, "mixp"),
+        ({"LOSS_TYPE": "nothing"}, "LOSS_TYPE"),
+        ({"CHOOSE_TYPE": "nothing"}, "CHOOSE_TYPE"),
+        ({"TEMPLATE": "nothing"}, "TEMPLATE"),
+        ({"ACCELERATE_CONFIG": "nothing"}, "ACCELERATE_CONFIG"),
         ({"GPUS": 3}, "GLOBAL_BATCH"),
         ({"NUM_ENGINES": "some"}, "NUM_ENGINES"),
         ({"TENSOR_PARALLEL_SIZE": 0}, "TENSOR_PARALLEL_SIZE"),
@@ -329,9 +333,10 @@ def test_the_environment_sets_nothing():
 
 
 def test_help_lists_every_setting():
-    text = bash("alignment/sample_kl.sh", "--help").stdout
+    long, short = (bash("alignment/sample_kl.sh", word).stdout for word in ("--help", "-h"))
+    assert short == long
     for name in ("SAMPLERS", "LEARNING_RATE", "RUN_DIR", "KL_PROMPTS", "DRY_RUN"):
-        assert f"{name}=" in text
+        assert f"{name}=" in long
 
 
 def test_settings_reach_their_flags():

@@ -10,6 +10,7 @@ import pytest
 from datasets import Dataset, DatasetDict, load_dataset
 
 from common.cli import UserError
+from common.provenance import fingerprint
 from common.sources import content_of, read_rows
 
 ROWS = [{"prompt": "how are\u2028you? "}, {"prompt": "schön, 你好"}, {"prompt": "third"}]
@@ -116,3 +117,13 @@ def test_a_hubs_name_is_known_by_what_it_holds(tmp_path, monkeypatch):
             known.append(content_of("owner/name", "train"))
             assert [row for _, row in read_rows("owner/name", "train")] == rows
     assert known[0] == known[1] != known[2] == known[3]
+
+
+def test_a_folder_of_data_is_known_by_all_of_its_files_whatever_they_are_called(tmp_path):
+    """Of a folder with a config.json only a model's files would be looked at."""
+    folder = save(tmp_path, "folder_of_parquet")
+    (folder / "config.json").write_text("{}")
+    before = content_of(str(folder), "train"), fingerprint(str(folder), "data")
+    Dataset.from_list(ROWS[:1]).to_parquet(folder / "train-00000-of-00001.parquet")
+    after = content_of(str(folder), "train"), fingerprint(str(folder), "data")
+    assert all(one != other for one, other in zip(before, after, strict=True))
