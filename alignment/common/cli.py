@@ -84,8 +84,9 @@ def run(main: Callable[[], None]) -> None:
 def command_lines(parser: Parser) -> Iterator[argparse.Namespace]:
     """Yield the flags of each command line of `FLAGS --then FLAGS ...`: the libraries are imported once for all.
 
-    All are parsed before the first one's turn. What else is wrong with a later one is found when its turn comes; what
-    the earlier ones wrote stays. Number and size of engines should be the same in all.
+    Their `is_last` says whether another one follows. All are parsed before the first one's turn. What else is wrong
+    with a later one is found when its turn comes; what the earlier ones wrote stays. Number and size of engines
+    should be the same in all.
     """
     lines: list[list[str]] = [[]]
     for word in sys.argv[1:]:
@@ -96,6 +97,7 @@ def command_lines(parser: Parser) -> Iterator[argparse.Namespace]:
     for number, args in enumerate([parser.parse_args(line) for line in lines], 1):
         if len(lines) > 1:
             print(f"[{number} of {len(lines)}]", flush=True)
+        args.is_last = number == len(lines)
         yield args
 
 

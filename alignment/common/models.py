@@ -165,14 +165,20 @@ def stored_dtype(name: str, trust_remote_code: bool = False) -> str:
     if not Path(name).is_dir():
         return str(load_config(name, "model", trust_remote_code).dtype).removeprefix("torch.")
     sizes = Counter()
-    for path in Path(name).glob("*.safetensors"):
-        with open(path, "rb") as file:  # the length of its header, then the header: JSON
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        for entry in header.values():
-            if "dtype" in entry:
-                sizes[entry["dtype"]] += entry["data_offsets"][1] - entry["data_offsets"][0]
+    for entry in stored_weights(name).values():
+        sizes[entry["dtype"]] += entry["data_offsets"][1] - entry["data_offsets"][0]
     most = max(sizes, key=sizes.get)
     return {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(most, most)
+
+
+def stored_weights(folder: str) -> dict[str, dict]:
+    """Return what a folder's safetensors files say of each weight: name → {"dtype", "shape", "data_offsets"}."""
+    found = {}
+    for path in Path(folder).glob("*.safetensors"):
+        with open(path, "rb") as file:  # the length of its header, then the header: JSON
+            found |= json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    found.pop("__metadata__", None)
+    return found
 
 
 def render_chat(tokenizer, messages: list[dict], where: str, **options) -> str:

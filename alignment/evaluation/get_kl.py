@@ -11,10 +11,11 @@ Writes  OUT.json: {"kl": nats per response, "stderr": over prompts, "kl_per_toke
     python alignment/evaluation/get_kl.py --model_name_or_path P --ref_model_name_or_path R \\
         --dataset_name_or_path prompts.jsonl --temperature 0.7 --max_new_tokens 128 --output_file kl.json
 
-For several models: FLAGS --then FLAGS, and so on, starts Python once.
+For several models: FLAGS --then FLAGS, and so on, starts Python once; on a CPU also one engine for all of one shape.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -43,12 +44,12 @@ from common.provenance import data_inputs, model_inputs, provenance
 from common.records import check_response_ids, read_json, read_records, sha256, write_json
 from generation.prompts import add_prompt_flags, check_same_prompts, prompt_settings, read_prompts
 from generation.sampling import (
+    Engines,
     Plan,
     Sampling,
     add_engine_flags,
     check_temperature,
     choose_dtype,
-    load_generator,
     longest_prompt,
     pairs_from_json,
 )
@@ -85,7 +86,7 @@ def parser() -> Parser:
     return p
 
 
-def measure(args: argparse.Namespace) -> None:
+def measure(args: argparse.Namespace, engines: Engines) -> None:
     """Write the KL of one command line."""
     if args.responses and (args.start or args.end):
         raise UserError("--start, --end: are for prompts that are sampled from; of --responses all are scored")
@@ -101,7 +102,7 @@ def measure(args: argparse.Namespace) -> None:
         return
     given = read_responses(args, tokenizer, room) if args.responses else None
     with journal(args.output_file, settings) as done:
-        sequences = given or sample(args, prompts, room, done, tokenizer)
+        sequences = given or sample(args, prompts, room, done, tokenizer, engines)
         result = score(args, sequences, done, tokenizer)
         if prompts:
             result["prompts"] = [prompt.digest() for prompt in prompts]
@@ -111,8 +112,9 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    for args in command_lines(parser()):
-        measure(args)
+    with contextlib.closing(Engines()) as engines:
+        for args in command_lines(parser()):
+            measure(args, engines)
 
 
 def settings_of(args: argparse.Namespace) -> dict:
@@ -153,7 +155,9 @@ def check_models(args: argparse.Namespace) -> tuple:
     return tokenizer, longest_prompt(args, models)
 
 
-def sample(args: argparse.Namespace, prompts: list, longest: int, done: Journal, tokenizer) -> list[list]:
+def sample(
+    args: argparse.Namespace, prompts: list, longest: int, done: Journal, tokenizer, engines: Engines
+) -> list[list]:
     """Return one response of the policy per prompt, in groups of one; the journal keeps each as it finishes."""
     from tqdm import tqdm
 
@@ -165,13 +169,14 @@ def sample(args: argparse.Namespace, prompts: list, longest: int, done: Journal,
     wanted = list(plan.requests(done.rows))
     if wanted:
         give_memory_back()  # what the scoring of an earlier command line has left
-        generator = load_generator(args, args.model_name_or_path, None, longest)
+        generator = engines.load(args, args.model_name_or_path, None, longest)
         stop_ids = stop_token_ids(tokenizer, args.model_name_or_path, args.trust_remote_code)
         sampling = Sampling(args.temperature, args.max_new_tokens, stop_ids)
         for response in tqdm(generator.generate(wanted, sampling), "sampling", len(wanted), file=sys.stdout):
             row = {"ids": response.token_ids, "ended": response.stop_reason == "stop"}
             done.add(response.key, row | {"prompt": plan.prompt(response.key).digest()})
-        generator.close()  # scoring needs its memory for two models
+        if args.is_last or default_device() == "cuda":
+            engines.close()  # scoring needs its memory for two models
     rows = [done.rows[key] for key in keys]
     return [[Sequence(list(p.token_ids), r["ids"], r["ended"])] for p, r in zip(prompts, rows, strict=True)]
 

@@ -12,7 +12,14 @@ from vllm_logit_mixture.environment import set_defaults
 
 from common.adapters import whole_model
 from common.cli import UserError
-from common.models import default_device, give_memory_back, load_config, load_tokenizer, tokenizer_fingerprint
+from common.models import (
+    default_device,
+    give_memory_back,
+    load_config,
+    load_tokenizer,
+    stored_weights,
+    tokenizer_fingerprint,
+)
 from generation.sampling import EngineDied, Request, Response, Sampling
 
 CPU_OPTIONS = {
@@ -105,14 +112,15 @@ class VLLMGenerator:
         What the engine samples afterwards is what a fresh one would.
 
         Raises:
-            UserError: the model has another shape, or another tokenizer.
+            UserError: the model has another shape, other weights' names, or another tokenizer.
         """
         policy = whole_model(policy, "policy", self.trust_remote_code)
-        for what, of in (("shape", _shape), ("tokenizer", _fingerprint)):
+        for what, of in (("shape", _shape), ("set of weights", _weights), ("tokenizer", _fingerprint)):
             if of(policy, self.trust_remote_code) != of(self.first, self.trust_remote_code):
                 raise UserError(f"{policy}: has another {what} than {self.first}, so it needs an engine of its own")
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": policy})
-        self.llm.reset_prefix_cache()
+        if not self.llm.reset_prefix_cache():
+            raise UserError(f"{self.first}: its cache is in use, so {policy} needs an engine of its own")
         self.first = policy
 
     def close(self) -> None:
@@ -170,6 +178,11 @@ def _shape(name: str, trust_remote_code: bool) -> dict:
     """All that a model's configuration says of its weights and of what is done with them."""
     config = load_config(name, "model", trust_remote_code).to_diff_dict()
     return {key: value for key, value in config.items() if key not in ("transformers_version", "dtype", "use_cache")}
+
+
+def _weights(name: str, trust_remote_code: bool) -> dict:
+    """Name and shape of each weight: vLLM would keep the old value of one that the new model does not have."""
+    return {key: entry["shape"] for key, entry in stored_weights(name).items()}
 
 
 def _fingerprint(name: str, trust_remote_code: bool) -> str:

@@ -9,7 +9,8 @@ Writes  OUT.json: prompts, responses, the ids that were sampled, which pair of t
         --dataset_name_or_path prompts.jsonl --sampler mixp --K 2 --temperature 0.7 \\
         --max_new_tokens 128 --max_input_length 128 --output_file OUT.json
 
-For several samplers or models: FLAGS --then FLAGS, and so on, starts Python once.
+For several samplers or models: FLAGS --then FLAGS, and so on, starts Python once, and one engine for all that
+follow one another with the same second model, or with a single model, of one shape.
 """
 
 import argparse
@@ -39,6 +40,7 @@ from common.record_stream import RecordStream
 from common.records import write_records
 from generation.prompts import add_prompt_flags, check_same_prompts, prompt_settings, read_prompts, text_digest
 from generation.sampling import (
+    Engines,
     Plan,
     Request,
     Response,
@@ -206,7 +208,7 @@ def sample(todo: list[Slice], start: Callable[[], Any], sampling: Sampling, toke
             finish(part, done, made_from)
         if is_complete(todo, journals):
             return
-        generator = stack.enter_context(contextlib.closing(start()))
+        generator = start()
         bar = stack.enter_context(progress(sum(part.size for part in todo), sum(len(j.rows) for j in journals)))
         tokens = 0
         for response in generator.generate(missing(todo, journals), sampling):
@@ -264,7 +266,7 @@ def start_back_end(args: argparse.Namespace, policy: str | None, second: str | N
     return ManyEngines(args, policy, second, longest)
 
 
-def generate(args: argparse.Namespace) -> None:
+def generate(args: argparse.Namespace, engines: Engines) -> None:
     """Write the data file(s) of one command line."""
     sampler = sampler_from_json(args.pairs) if args.pairs else sampler_by_name(args.sampler or "online")
     pairs = sampler.pairs(args.beta)
@@ -288,12 +290,13 @@ def generate(args: argparse.Namespace) -> None:
     inputs = model_inputs({"policy": policy, sampler.second_model: second}) + data_inputs(args.dataset_name_or_path)
     made_from = provenance(["vllm"] if args.backend == "vllm" else [], inputs)
     sampling = Sampling(args.temperature, args.max_new_tokens, stop_ids)
-    sample(todo, lambda: start_back_end(args, policy, second, longest), sampling, tokenizer, made_from)
+    sample(todo, lambda: engines.load(args, policy, second, longest), sampling, tokenizer, made_from)
 
 
 def main() -> None:
-    for args in command_lines(parser()):
-        generate(args)
+    with contextlib.closing(Engines(start_back_end)) as engines:
+        for args in command_lines(parser()):
+            generate(args, engines)
 
 
 if __name__ == "__main__":

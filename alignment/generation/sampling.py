@@ -297,3 +297,42 @@ def load_generator(args: argparse.Namespace, policy: str | None, second: str | N
         compile=args.compile,
         **shared,
     )
+
+
+class Engines:
+    """The back ends of command lines in turn: an engine that differs in nothing but its first model is kept.
+
+    Args:
+        start: makes a back end, called as `load_generator` is.
+    """
+
+    def __init__(self, start=load_generator) -> None:
+        self.start, self.last, self.kind = start, None, None
+
+    def load(self, args: argparse.Namespace, policy: str | None, second: str | None, longest: int):
+        """Return the back end for these models; the one that was returned before is of no more use."""
+        first, others = (policy, second) if policy else (second, None)
+        flags = ("backend", "dtype", "max_num_seqs", "tensor_parallel_size", "gpu_memory_utilization", "compile")
+        flags += ("trust_remote_code", "num_engines")
+        kind = [others, longest + args.max_new_tokens, *(getattr(args, name, None) for name in flags)]
+        if kind != self.kind or not self._exchange(first):
+            self.close()
+            self.last, self.kind = self.start(args, policy, second, longest), kind
+        return self.last
+
+    def close(self) -> None:
+        """End the engine that was kept, if there is one."""
+        if self.last is not None:
+            self.last.close()
+        self.last = self.kind = None
+
+    def _exchange(self, first: str) -> bool:
+        """Return whether the engine could take the weights of another first model, and now has them."""
+        if not hasattr(self.last, "reload_weights"):
+            return False
+        try:
+            self.last.reload_weights(first)
+        except UserError:
+            return False
+        print(f"the engine that runs takes the weights of {first}")
+        return True

@@ -1,10 +1,11 @@
 """generate.py through its real command line: the contract, resuming; wrong input is in test_bad_input.py."""
 
+import itertools
 import json
 
 import pytest
 import torch
-from commands import python
+from commands import engine_starts, python
 from tiny import CHARACTERS, save_tiny_policy, tiny_tokenizer
 
 from common.journal import Journal, journal_path
@@ -108,23 +109,44 @@ def test_slices_are_parts_of_the_whole_and_policy_alone_equals_its_side_of_gshf(
     assert [i["responses"][0] for i in gshf] != [i["responses"][0] for i in online]
 
 
-def test_command_lines_in_turn_write_what_each_writes_alone(place, finished, tmp_path):
-    """Two engines after one another in one process: of both models, of the reference alone; then a wrong one."""
-    alone = generate(place, tmp_path / "alone.json", backend="vllm", sampler=("--sampler", "offline"))
-    first, second = tmp_path / "first.json", tmp_path / "second.json"
-    flags = (
-        *("--model_name_or_path", place / "policy", "--ref_model_name_or_path", place / "reference"),
-        *("--dataset_name_or_path", place / "prompts.jsonl", "--sampler", "offline"),
-        *("--temperature", 1.0, "--max_new_tokens", 8, "--max_input_length", 40, "--seed", 5),
-    )
-    more = "--K", 4, "--then", *flags, "--output_file", second, "--then", *flags, "--output_file"
-    one_line_error(generate(place, first, *more, first, "--K", 0, backend="vllm"), "--K", "'0'")
-    assert not first.exists()  # a wrong flag is found before the first command line's turn
-    result = generate(place, first, *more, tmp_path, backend="vllm")
-    assert (alone.returncode, result.returncode) == (0, 2)
+def test_command_lines_in_turn_write_what_each_writes_alone(place, tmp_path):
+    """Four command lines with two engines, one of two models and one of a single model; then a wrong one."""
+    save_tiny_policy(tmp_path / "other", 2, hidden=64, layers=2, heads=2)  # of the policy's shape
+    save_tiny_policy(tmp_path / "like_reference", 3, hidden=128, layers=1, heads=2)
+    runs = {  # sampler and policy
+        "mixture": ("mixp", place / "policy"),
+        "other_mixture": ("mixp", tmp_path / "other"),
+        "reference": ("offline", place / "policy"),
+        "single": ("online", tmp_path / "like_reference"),
+    }
+
+    def flags(output, sampler, policy):
+        return (
+            *("--model_name_or_path", policy, "--ref_model_name_or_path", place / "reference"),
+            *("--dataset_name_or_path", place / "prompts.jsonl", "--sampler", sampler, "--K", 4),
+            *("--temperature", 1.0, "--max_new_tokens", 8, "--max_input_length", 40, "--seed", 5),
+            *("--output_file", output),
+        )
+
+    def generate(*command_lines):
+        words = [word for line in command_lines for word in ("--then", *line)][1:]
+        return python("generation/generate.py", *words, VLLM_LOGGING_LEVEL="INFO")
+
+    turns = {name: tmp_path / f"{name}_in_turn.json" for name in runs}
+    in_turn = [flags(turns[name], *runs[name]) for name in runs]
+    result = generate(*in_turn, (*in_turn[0], "--K", 0))
+    assert result.returncode == 2 and "--K" in result.stderr.splitlines()[-1]
+    assert not any(file.exists() for file in turns.values())  # found before the first command line's turn
+    result = generate(*in_turn, flags(tmp_path, *runs["mixture"]))
+    assert result.returncode == 2, result.stderr
     assert result.stderr.splitlines()[-1].startswith(f"generate.py: error: {tmp_path}")
-    assert first.read_bytes() == finished.read_bytes()
-    assert second.read_bytes() == (tmp_path / "alone.json").read_bytes()
+    assert engine_starts(result) == 2
+    for name, run in runs.items():
+        alone = tmp_path / f"{name}.json"
+        assert engine_starts(generate(flags(alone, *run))) == 1
+        assert alone.read_bytes() == turns[name].read_bytes()
+    texts = [[i["responses"] for i in read_records(file)[0]] for file in turns.values()]
+    assert all(a != b for a, b in itertools.combinations(texts, 2))
 
 
 def test_greedy_backends_write_the_same_instances(place, tmp_path):

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from commands import engine_starts, python
 from tiny import save_tiny_policy, tiny_config, tiny_tokenizer
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
@@ -267,6 +268,33 @@ def test_vllm_samples_the_same_policy(tmp_path):
     assert abs(result["truncated_fraction"] - cut) < 4 * math.sqrt(0.25 / 300)
 
 
+def test_command_lines_in_turn_share_an_engine_and_write_what_each_writes_alone(tmp_path):
+    """Two policies of one shape, the first again, one of another shape: vLLM itself says how often it starts."""
+    tokenizer = tiny_tokenizer(characters="ab")
+    shapes = [{"hidden": 64}, {"hidden": 64}, {"hidden": 96, "heads": 3}, {"hidden": 64}]
+    *policies, reference = [
+        save_tiny_policy(tmp_path / str(i), seed=i, tokenizer=tokenizer, **shape) for i, shape in enumerate(shapes)
+    ]
+    data = prompts_file(tmp_path / "prompts.jsonl", ["ab" * 24, "a" * 40, "abb", "b"] * 3)
+    more = {"dataset_name_or_path": data, "backend": "vllm", "max_new_tokens": 12, "temperature": 1.0}
+
+    def measure(outputs):
+        """Measure the policies' KL, name of the output → number of the policy; return how many engines started."""
+        lines = [flags((policies[i], reference), tmp_path / name, **more) for name, i in outputs.items()]
+        words = [word for line in lines for word in ("--then", *line)][1:]
+        done = python("evaluation/get_kl.py", *words, VLLM_LOGGING_LEVEL="INFO")
+        assert done.returncode == 0, done.stderr
+        return engine_starts(done)
+
+    in_turn = {"turn0.json": 0, "turn1.json": 1, "turn2.json": 0, "turn3.json": 2}
+    assert measure(in_turn) == 2
+    for i in range(3):
+        assert measure({f"alone{i}.json": i}) == 1
+    alone = [(tmp_path / f"alone{i}.json").read_bytes() for i in range(3)]
+    assert len(set(alone)) == 3
+    assert all((tmp_path / name).read_bytes() == alone[i] for name, i in in_turn.items())
+
+
 @pytest.mark.parametrize("batch_size", [1, 7, 600])
 def test_batch_size_changes_nothing(pair, enumerated, batch_size):
     temperature, responses = enumerated
@@ -365,7 +393,7 @@ def test_killed_while_scoring_continues_to_the_same_result(tmp_path, monkeypatch
     with pytest.raises(SystemExit):
         call(monkeypatch, words)
     monkeypatch.setattr("evaluation.kl.score_sequences", real)
-    monkeypatch.setattr(get_kl, "load_generator", None)  # nothing is sampled twice
+    monkeypatch.setattr(get_kl.Engines, "load", None)  # nothing is sampled twice
     call(monkeypatch, words)
     assert (tmp_path / "kl.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
 

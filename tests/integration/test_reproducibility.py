@@ -27,7 +27,7 @@ socket.gethostname = socket.getfqdn = platform.node = lambda *_: {HOST!r}
 MODELS = "--model_name_or_path policy --ref_model_name_or_path reference"
 LIMITS = "--max_new_tokens 8 --max_input_length 40 --backend hf --seed 5"
 GENERATED, REWARDED = "run/data/gen_data_iter1_mixp.json", "run/data/data_with_rewards_iter1_mixp.json"
-TRAINED, KL, REWARD = "run/models/rlhflow_iter1", "run/results/kl_iter1_1.json", "trained_reward"
+TRAINED, KL, REWARD = "run/models/rlhflow_iter1", "run/results/kl_shared_iter1.json", "trained_reward"
 STAGES = [
     f"generation/generate.py {MODELS} --dataset_name_or_path prompts.jsonl --sampler mixp --temperature 1 {LIMITS} "
     f"--output_file {GENERATED}",

@@ -45,3 +45,8 @@ def ends_in_one_line(result: subprocess.CompletedProcess, *parts: object) -> Non
     assert len(errors) == 1, result.stderr
     for part in parts:
         assert str(part) in errors[0]
+
+
+def engine_starts(result: subprocess.CompletedProcess) -> int:
+    """Return how often vLLM says that it starts an engine; it does with VLLM_LOGGING_LEVEL=INFO."""
+    return (result.stdout + result.stderr).count("Initializing a V1 LLM engine")
