@@ -34,7 +34,7 @@ COMMON_NAMES = {
     *("K", "SEED", "SEEDS", "GPUS", "BETA", "LABELS", "BACKEND", "TEMPLATE", "TEMPERATURE", "ATTENTION", "OPTIMIZER"),
     *("TRAINER", "EPOCHS", "BF16", "MASTER_ADDR", "MASTER_PORT", "ASSETS", "MAX_STEPS", "MAX_LENGTH"),
 }
-# Settings that only the training script can judge. The recipes here are tested, so it is asked where one is given.
+# Settings that only the training script can judge. Importing it takes seconds: it is asked where one is given.
 JUDGED_IN_TRAINING = {"LOSS_TYPE", "CHOOSE_TYPE", "LENGTH_PENALTY", "LABELS", "LABEL_NOISE", "LR_SCHEDULER"} | {
     *("TRAINER", "TRL_LOSS_TYPE", "OPTIMIZER", "REPORT_TO", "USE_LORA", "QLORA", "EVAL_FRACTION", "BETA")
 }

@@ -4,7 +4,7 @@ import re
 
 import pytest
 from commands import ALIGNMENT, python
-from plans import in_turn, plan
+from plans import in_turn, plan, refused
 
 GIVEN = {
     "DATASET_SPLIT": "train",
@@ -69,3 +69,16 @@ def test_every_script_is_there_and_has_the_flags(given):
         assert done.returncode == 0, script
         known = set(re.findall(r"--[a-zA-Z_]\w*", done.stdout))
         assert flags <= known, f"{script}: {sorted(flags - known)}"
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"LR_SCHEDULER": "nothing"}, "nothing"),
+        ({"LOSS_TYPE": "kl", "LABELS": "sampled"}, "--labels"),
+        ({"TRAINER": "trl", "TRL_LOSS_TYPE": "nothing"}, "--loss_type"),
+    ],
+)
+def test_what_training_would_refuse_ends_before_the_first_generation(given, named, tmp_path):
+    assert named in refused("sample_train_safe_rlhf.sh", RECIPE="quickstart", RUN_DIR=tmp_path / "run", **given)
+    assert not (tmp_path / "run").exists()
