@@ -142,6 +142,8 @@ def check(s: Settings, driver: str) -> None:
         if not getattr(s, name):
             raise UserError(f"recipe {s.RECIPE} names no {name}; give {name}=...")
     check_names(s)
+    if s.QLORA and not s.USE_LORA:
+        raise UserError("QLORA=1 goes with USE_LORA=1: the 4-bit weights are frozen, only an adapter can be trained")
     if not s.MACHINE_RANK < s.NUM_MACHINES:
         raise UserError(f"MACHINE_RANK {s.MACHINE_RANK}: with NUM_MACHINES {s.NUM_MACHINES} it is below that")
     if s.NUM_MACHINES > 1 and not driver.startswith("sample_train"):

@@ -293,6 +293,7 @@ def test_a_gpu_that_torch_cannot_use_is_refused(tmp_path):
         ({"PAIRS": '{"mine": [[0.5, [2, -1], [0, 1]]]}', "SAMPLERS": "mine"}, "mine"),
         ({"SAMPLERS": "mixp", "K": 7}, "mixp"),
         ({"LOSS_TYPE": "nothing"}, "LOSS_TYPE"),
+        ({"QLORA": 1}, "QLORA"),
         ({"CHOOSE_TYPE": "nothing"}, "CHOOSE_TYPE"),
         ({"TEMPLATE": "nothing"}, "TEMPLATE"),
         ({"ACCELERATE_CONFIG": "nothing"}, "ACCELERATE_CONFIG"),
