@@ -1,5 +1,10 @@
 """KL with models that accelerate spreads over devices: the scores of whole models, and where the layers go."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import save_tiny_policy, tiny_tokenizer
@@ -9,6 +14,7 @@ from common.cli import UserError
 from common.models import device_map, load_causal_lm
 from evaluation.kl import LanguageModel, Sequence, score_sequences
 
+TESTS = Path(__file__).resolve().parents[1]
 EOS = 2
 SEQUENCES = [Sequence([1, 5, 6, 7], [8, 9, EOS], True), Sequence([1, 9], [5, 6, 7, 8, 9], False)]
 PARTS = "model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head"
@@ -57,6 +63,15 @@ def test_spread_models_score_as_whole_ones(pair, away):
     assert all(score.kl > 0 for score in wanted)
     for one, other in zip(wanted, found, strict=True):
         assert other == pytest.approx(one, abs=1e-6)
+
+
+@pytest.mark.parametrize("head", ["plain", "own"])
+def test_what_meets_is_on_the_same_gpu(head):
+    """Policy on GPUs 0 and 1, reference on 1 to 3; both with the head apart and by the model's own forward pass."""
+    words = [sys.executable, TESTS / "support" / "stand_in_gpus.py", head]
+    environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent / 'alignment'}:{TESTS / 'support'}"}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout.strip()) == (0, "reached the end"), done.stderr[-2000:]
 
 
 def weights_on(folder, found):
