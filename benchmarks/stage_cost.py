@@ -100,14 +100,21 @@ def reference_pass(shape: Shape, work: Workload, hardware: Hardware, gpus: int) 
 
 
 def kl(shape: Shape, work: Workload, hardware: Hardware, gpus: int) -> list[Stage]:
-    """Sampling with one engine of the policy; then both models score, in float32 and whole on one GPU."""
+    """Sampling with one engine of the policy; then both models score in float32.
+
+    Layers are spread over as many GPUs of a node as they need; one computes while the others wait.
+    """
     sampled = sampling("KL: sampling", [shape], work, hardware, gpus, work.kl_prompts, engines=1)
     per_pass = 8 * work.length  # get_kl.py --batch_size
     passes = 2 * math.ceil(work.kl_prompts * work.length / per_pass)
     terms = scale(pass_terms(shape, hardware, 1, per_pass, work.length / 2), passes)
     terms |= {"memory bandwidth": 2 * terms["memory bandwidth"], "compute": terms["compute"] / FLOAT32_RATE}
-    memory = 2 * (model_file_bytes(shape, FP32) + 2 * activation_bytes(shape, per_pass)) + hardware.overhead
-    layout = "both models on 1 GPU"
+    beside = 4 * activation_bytes(shape, per_pass) + hardware.overhead
+    needs = [2 * model_file_bytes(shape, FP32) / count + beside for count in range(1, min(gpus, hardware.node) + 1)]
+    spread, memory = next(
+        ((i, need) for i, need in enumerate(needs, 1) if hardware.holds(need)), (len(needs), needs[-1])
+    )
+    layout = f"both models on {spread} GPU{'s' if spread > 1 else ''}"
     return [sampled, Stage("KL: scoring", layout, memory, hardware.holds(memory), in_turn(terms), terms)]
 
 

@@ -88,6 +88,31 @@ def load_causal_lm(name: str, what: str, dtype: str, trust_remote_code: bool = F
     return _load_whole(AutoModelForCausalLM, name, what, config=config, **options).eval()
 
 
+def device_map(name: str, what: str, dtype: str, room: dict, trust_remote_code: bool = False) -> dict[str, int]:
+    """Return which GPU each part of a causal language model goes to, for `load_causal_lm`: layers stay whole.
+
+    Args:
+        room: GPU → bytes that weights can take there; the first are filled first.
+
+    Raises:
+        UserError: the weights do not fit.
+    """
+    import torch
+    from accelerate import infer_auto_device_map
+    from transformers import AutoModelForCausalLM
+
+    name = whole_model(name, what, trust_remote_code)
+    config = load_config(name, what, trust_remote_code)
+    with torch.device("meta"):  # shapes only
+        options = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
+        model = AutoModelForCausalLM.from_config(config, **options)
+    model.tie_weights()
+    found = infer_auto_device_map(model, max_memory=dict(room), no_split_module_classes=model._no_split_modules or [])
+    if not set(found.values()) <= set(room):  # what is left over would go to the disk
+        raise UserError(f"{what} {name}: its weights in {dtype} do not fit in what is free on {len(room)} GPUs")
+    return dict(found)
+
+
 def load_reward_model(name: str, dtype: str, trust_remote_code: bool = False, needs_head: bool = True, **options):
     """Return a sequence classifier in evaluation mode, from safetensors only; `options` change its configuration.
 

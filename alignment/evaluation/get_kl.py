@@ -1,7 +1,8 @@
 """KL divergence of a policy from its reference on held-out prompts.
 
 Samples responses of the policy at temperature T (top-p 1), or takes existing ones (--responses). Sums the exact
-per-token KL along their sampled ids, scored at the same T and in float32; see kl.py.
+per-token KL along their sampled ids, scored at the same T and in float32; see kl.py. Where one
+of several visible GPUs cannot hold both models that score, their layers are spread.
 
 Reads   a policy, a reference with the same tokenizer, and prompts as generate.py does.
 Writes  OUT.json: {"kl": nats per response, "stderr": over prompts, "kl_per_token", "num_prompts",
@@ -31,6 +32,7 @@ from common.models import (
     check_same_vocabulary,
     context_length,
     default_device,
+    device_map,
     encode_prompt,
     encode_response,
     give_memory_back,
@@ -53,6 +55,7 @@ from generation.sampling import (
     longest_prompt,
     pairs_from_json,
 )
+from scripts.memory import OVERHEAD, USED
 
 POLICY_ALONE = MIXTURES["online"].pairs(0.0)
 
@@ -252,10 +255,7 @@ def score(args: argparse.Namespace, groups: list[list], done: Journal, tokenizer
     from evaluation.kl import LanguageModel, Score, batches, check_same_width, score_sequences, summarize
 
     names = ((args.model_name_or_path, "policy"), (args.ref_model_name_or_path, "reference"))
-    models = [
-        LanguageModel(load_causal_lm(name, what, args.scoring_dtype, args.trust_remote_code).to(default_device()))
-        for name, what in names
-    ]
+    models = [LanguageModel(load_scorer(args, name, what)) for name, what in names]
     check_same_width(*models)
     stop_ids = stop_token_ids(tokenizer, args.model_name_or_path, args.trust_remote_code)
     sequences = [sequence for group in groups for sequence in group]
@@ -268,6 +268,26 @@ def score(args: argparse.Namespace, groups: list[list], done: Journal, tokenizer
             done.add(f"score {i}", [value for value in found if value is not None])
     found = iter([Score(*done.rows[f"score {i}"]) for i in range(len(sequences))])
     return summarize([[(sequence, next(found)) for sequence in group] for group in groups])
+
+
+def load_scorer(args: argparse.Namespace, name: str, what: str):
+    """Return a model that scores: on the first GPU that has room, its layers on several where it needs them."""
+    room = gpu_room()
+    if len(room) < 2:
+        return load_causal_lm(name, what, args.scoring_dtype, args.trust_remote_code).to(default_device())
+    places = device_map(name, what, args.scoring_dtype, room, args.trust_remote_code)
+    return load_causal_lm(name, what, args.scoring_dtype, args.trust_remote_code, device_map=places)
+
+
+def gpu_room() -> dict[int, int]:
+    """Return the bytes that weights can still take on each visible GPU."""
+    import torch
+
+    if torch.cuda.device_count() < 2:
+        return {}
+    give_memory_back()
+    sizes = [torch.cuda.mem_get_info(i) for i in range(torch.cuda.device_count())]
+    return {i: max(0, int(free - (1 - USED) * total - OVERHEAD)) for i, (free, total) in enumerate(sizes)}
 
 
 def report(result: dict) -> str:

@@ -64,10 +64,14 @@ class LanguageModel:
     """A causal model of which first the hidden states are computed, then the logits of a few positions at a time.
 
     Where a model changes its logits after the head (some scale or cap them), its own forward pass computes them all.
+    The model may be spread over devices (`device_map`): states and logits are then on that of its last parts.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
+        hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
+        device = getattr(hook, "execution_device", None)  # where its offloaded weights come to; they say "meta"
+        self.device = model.device if device is None else torch.device(device)
         self.body = getattr(model, model.base_model_prefix)
         self.head = model.get_output_embeddings()
         self.vocabulary = self.head.weight.shape[0]
@@ -75,13 +79,15 @@ class LanguageModel:
 
     @torch.inference_mode()
     def _has_plain_head(self) -> bool:
-        ids = torch.arange(min(8, self.vocabulary), device=self.model.device)[None]
-        return torch.equal(self.head(self.body(input_ids=ids).last_hidden_state), self.model(input_ids=ids).logits)
+        ids = torch.arange(min(8, self.vocabulary), device=self.device)[None]
+        logits = self.head(self.body(input_ids=ids).last_hidden_state)
+        return torch.equal(logits, self.model(input_ids=ids).logits.to(logits.device))
 
     def states(
         self, ids: torch.Tensor, mask: torch.Tensor
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
         """Return (states [B, T, ...], the function that makes float32 logits of some of them)."""
+        ids, mask = ids.to(self.device), mask.to(self.device)
         if self.has_plain_head:
             hidden = self.body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
             return hidden, lambda chosen: self.head(chosen).float()
@@ -107,15 +113,15 @@ def score_sequences(
     published: bool = False,
 ) -> list[Score]:
     """Return the scores of a batch of responses: one forward pass of each model, logits in chunks of positions."""
-    device = policy.model.device
+    device = policy.device
     ids, mask = _pad_right(sequences, device)
     rows, columns, targets = (torch.tensor(values, device=device) for values in _positions(sequences))
     sides = [model.states(ids, mask) for model in (policy, reference)]
     chunk = max(1, CHUNK_ELEMENTS // policy.vocabulary)
     found: list[list[torch.Tensor]] = [[], [], []]
     for i in range(0, len(targets), chunk):
-        where, wanted = (rows[i : i + chunk], columns[i : i + chunk]), targets[i : i + chunk]
-        logits = [head(states[where]) for states, head in sides]
+        row, column, wanted = (values[i : i + chunk] for values in (rows, columns, targets))
+        logits = [head(states[row.to(states.device), column.to(states.device)]).to(device) for states, head in sides]
         p, q = ((side / temperature).log_softmax(dim=-1) for side in logits)
         found[0].append(token_kl(p, q))
         found[1].append(token_log_prob(p, wanted, stop_ids) - token_log_prob(q, wanted, stop_ids))

@@ -217,12 +217,24 @@ def check(s: Settings, driver: str, gpu_memory: int) -> int | None:
         if (need := 16 * policy.parameters / s.NUM_MACHINES) > host:
             raise UserError(f"ACCELERATE_CONFIG=zero3_offload needs {gb(need)} of host memory, which has {gb(host)}")
     if policy and driver == "sample_kl.sh":
-        need = 2 * model_file_bytes(policy, BF16 if s.KL_DTYPE == "bfloat16" else FP32) + OVERHEAD
-        if need > room:  # scored with transformers, both on one GPU
-            raise UserError(f"the two models of the KL need {gb(need)} on {have}; KL_DTYPE=bfloat16 needs half")
+        check_kl(s, policy, room, have)
     if scorer and (need := model_file_bytes(scorer) + OVERHEAD) > room:
         raise UserError(f"REWARD_MODEL {s.REWARD_MODEL} needs {gb(need)} on one of {have}: name a smaller one")
     return responses_at_a_time(s, policy, s.GPU_MEMORY_UTILIZATION * gpu_memory - OVERHEAD) if policy else None
+
+
+def check_kl(s: Settings, policy: Shape, room: float, have: str) -> None:
+    """Raise `UserError` unless the GPUs of one engine, over which layers are spread, hold both models that score."""
+    weights = 2 * model_file_bytes(policy, BF16 if s.KL_DTYPE == "bfloat16" else FP32)
+    if weights / s.TENSOR_PARALLEL_SIZE + OVERHEAD <= room:
+        return
+    sizes = [n for n in (2, 4, 8) if n <= s.GPUS and weights / n + OVERHEAD <= room]
+    ways = [f"TENSOR_PARALLEL_SIZE={n}" for n in sizes[:1]]
+    ways += ["KL_DTYPE=bfloat16, which needs half"] if s.KL_DTYPE != "bfloat16" else []
+    raise UserError(
+        f"the two models of the KL need {gb(weights)} on {s.TENSOR_PARALLEL_SIZE} of {have}: "
+        + (" or ".join(ways) or "they need more GPUs")
+    )
 
 
 def responses_at_a_time(s: Settings, policy: Shape, room: float) -> int:

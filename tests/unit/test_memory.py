@@ -104,6 +104,17 @@ def test_a_smaller_gpu_is_refused(tmp_path):
     assert "KL_DTYPE=bfloat16" in line
 
 
+@pytest.mark.parametrize(("size", "dtype", "hint"), [(8, "float32", None), (4, "bfloat16", None), (4, "float32", 8)])
+def test_both_70b_models_of_the_kl_are_spread_over_the_gpus_of_an_engine(size, dtype, hint, tmp_path):
+    """552 GB in float32 are 69 GB on each of 8 GPUs and 138 GB on each of 4."""
+    card = fake_nvidia_smi(tmp_path, 8, MIB_80)
+    given = {"BASE_MODEL": "meta-llama/Llama-2-70b-hf", "TENSOR_PARALLEL_SIZE": size, "KL_DTYPE": dtype}
+    if hint is None:
+        assert plan("sample_kl.sh", card, **given)
+    else:
+        assert f"TENSOR_PARALLEL_SIZE={hint}" in refused("sample_kl.sh", card, DRY_RUN=1, **given)
+
+
 def test_an_engine_that_does_not_fit_is_told_how_many_gpus_share_it(tmp_path):
     given = {"BASE_MODEL": "meta-llama/Llama-2-70b-hf", "DRY_RUN": 1}
     line = refused("sample_eval_safe_rlhf.sh", fake_nvidia_smi(tmp_path, 8, MIB_80), **given)
