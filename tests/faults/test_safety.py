@@ -86,9 +86,8 @@ def hostile(tmp_path) -> dict[str, str]:
 
 KINDS = tuple(hostile(Path()))
 TEXTS = {
-    "TEMPLATE": ("generate 2 mixp", "--template"),
     "DATASET_KEY": ("generate 2 mixp", "--dataset_key"),
-    "LOSS_TYPE": ("train 2 mixp", "--loss_type"),
+    "DATASET_SPLIT": ("generate 2 mixp", "--dataset_split"),
     "LR_SCHEDULER": ("train 2 mixp", "--lr_scheduler_type"),
     "LORA_TARGETS": ("train 2 mixp", "--lora_target_modules"),
 }
