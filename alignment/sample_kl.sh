@@ -4,7 +4,7 @@
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "$0")/scripts/common.sh" RECIPE=safe_rlhf "$@"
 
-stage kl_responses    # with SCORE_KL=True: what the KL is measured on, so that
-stage annotate_kl     # reward, KL and value are of one and the same policy
+stage kl_responses    # with SCORE_KL=True: what the KL is measured on, so that reward, KL and value are of one
+stage annotate_kl     # policy; where KL_TEMPERATURE is EVAL_TEMPERATURE these are the evaluation's own
 stage kl
 stage summarize

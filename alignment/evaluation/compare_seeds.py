@@ -167,7 +167,8 @@ def comparisons(runs: list[Run], samplers: list[str], iteration: int, beta: floa
     rewards, kl = beside_kl(runs, "rewards", last), [stacked_kl(runs, m) for m in last]
     if rewards and all(values is not None for values in kl):
         effects = at_equal_kl(np.stack(rewards, axis=1), np.stack([k.mean(axis=1) for k in kl], axis=1))
-        found["equal KL"] = corrected({n: (e, None) for n, e in zip(samplers[1:], effects or [], strict=False)})
+        if effects:  # one seed has none
+            found["equal KL"] = corrected({n: (e, None) for n, e in zip(samplers[1:], effects, strict=True)})
     return found
 
 

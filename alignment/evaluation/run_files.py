@@ -127,6 +127,9 @@ def read_run(run_dir: Path, models: list[Model]) -> Run:
     settings = agreed_settings(run_dir, made)
     check_same_responses(run_dir, answers)
     kl, settings["KL"] = read_kl(run_dir, models)
+    if measured_on_test_prompts(kl, made):
+        answers |= {("rewards", KL, model): answers["rewards", TEST, model] for model in (BASE, *kl)}
+        made |= {("rewards", KL, model): made["rewards", TEST, model] for model in (BASE, *kl)}
     for model, result in kl.items():
         if ("rewards", KL, model) in answers:
             check_same_policy(run_dir, model, result, made["rewards", KL, model])
@@ -176,10 +179,27 @@ def check_same_responses(run_dir: Path, answers: dict[tuple[str, str, Model], An
             raise UserError(f"{path}: the judge scored other responses than the reward model did; score them again")
 
 
+def measured_on_test_prompts(kl: dict[Model, dict], made: dict[tuple, dict]) -> bool:
+    """Return whether every model's KL is of its responses to the test prompts, which then serve reward and KL."""
+    if not kl or any(("rewards", TEST, model) not in made for model in (BASE, *kl)):
+        return False
+    pairs = [(responses_of(result), scored_responses(made["rewards", TEST, model])) for model, result in kl.items()]
+    return all(measured == scored and measured for measured, scored in pairs)
+
+
+def responses_of(result: dict) -> str | None:
+    """Return the hash of the responses that a KL was measured on; None where it sampled its own."""
+    return result["settings"].get("kl", {}).get("responses_sha256")
+
+
+def scored_responses(settings: dict) -> str | None:
+    """Return the hash of the responses that a scored file holds."""
+    return (settings.get("annotate") or {}).get("dataset_sha256")
+
+
 def check_same_policy(run_dir: Path, model: Model, result: dict, made: dict) -> None:
     """Raise `UserError` unless the KL was measured on the responses that `kl_prompts` holds with rewards."""
-    measured = result["settings"].get("kl", {}).get("responses_sha256")
-    if measured != (made.get("annotate") or {}).get("dataset_sha256"):
+    if responses_of(result) != scored_responses(made):
         raise UserError(
             f"{kl_file(run_dir, model)}: not measured on the responses of "
             f"{scored_file(run_dir, 'rewards', KL, model)}: measure it again with --responses"

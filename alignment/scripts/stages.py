@@ -319,23 +319,37 @@ def kl_prompts(s: Settings) -> dict:
     return {"start": s.TEST_START, "end": s.TEST_START + s.KL_PROMPTS}
 
 
+def kl_part(s: Settings) -> str:
+    """Return whose responses the KL is measured on, with SCORE_KL: the evaluation's own, where temperatures agree."""
+    agree = s.EVAL_TEMPERATURE == s.KL_TEMPERATURE and s.EVAL_K == 1
+    return "test_prompts" if agree else "kl_prompts"
+
+
 def kl_responses(s: Settings) -> Commands:
     """Responses that the KL is measured on, of every model and of the base model; only with SCORE_KL."""
+    if not s.SCORE_KL:
+        return []
+    if kl_part(s) == "test_prompts":
+        return evaluate(s)
     sampling = kl_prompts(s) | {"K": 1, "temperature": s.KL_TEMPERATURE}
     lines = {
         which: sampling | {"output_file": names.evaluation(s.RUN_DIR, "kl_prompts", *which)}
         for which in trained(s, 0)
     }
-    return answers(s, lines) if s.SCORE_KL else []
+    return answers(s, lines)
 
 
 def annotate_kl(s: Settings) -> Commands:
     """Rewards of the responses that the KL is measured on; only with SCORE_KL."""
+    if not s.SCORE_KL:
+        return []
+    if kl_part(s) == "test_prompts":
+        return annotate_evaluation(s)
     files = [
         [names.evaluation(s.RUN_DIR, "kl_prompts", *which, scored) for which in trained(s, 0)]
         for scored in (None, "rewards")
     ]
-    return rewards_of(s, *files) if s.SCORE_KL else []
+    return rewards_of(s, *files)
 
 
 def kl(s: Settings) -> Commands:
@@ -346,7 +360,7 @@ def kl(s: Settings) -> Commands:
             model_name_or_path=model(s, n, label),
             ref_model_name_or_path=s.BASE_MODEL,
             **({} if s.SCORE_KL else sampling),
-            responses=names.evaluation(s.RUN_DIR, "kl_prompts", n, label) if s.SCORE_KL else None,
+            responses=names.evaluation(s.RUN_DIR, kl_part(s), n, label) if s.SCORE_KL else None,
             temperature=s.KL_TEMPERATURE,
             scoring_dtype=s.KL_DTYPE,
             published_estimator=switch(s.PUBLISHED_ESTIMATOR),

@@ -14,14 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import ALIGNMENT, python
+from commands import python
 from tiny import save_tiny_policy, tiny_tokenizer
 
 from common.cli import UserError
 from common.models import encode_prompt, encode_response, load_causal_lm, load_tokenizer, stop_token_ids
 from common.records import read_records, write_records
 
-ASSETS = ALIGNMENT / "assets" / "policy"
 PROMPTS = ["hello there", "a cat", "what is this? please say.", "no", "why, oh why", "zebra", "who", "do it: now!"]
 MAX_NEW_TOKENS, SEED = 24, 3
 TOLERANCE = 1e-3  # nats per response, float32
@@ -40,9 +39,7 @@ def policy(request, tmp_path_factory):
     """(folder of a policy, the template that its prompts take)."""
     if request.param == "tiny":
         return small_policy(tmp_path_factory.mktemp("tiny")), "none"
-    if not ASSETS.is_dir():
-        pytest.skip("needs the quickstart's assets")
-    return ASSETS, "chat"
+    return request.getfixturevalue("assets") / "policy", "chat"
 
 
 @pytest.fixture(scope="module", params=["vllm", "hf"])
@@ -142,7 +139,7 @@ def test_the_engine_reports_what_forward_passes_over_the_files_ids_give(sampled)
     prompts = [encode_prompt(tokenizer, instance["prompt"]) for instance in instances for _ in range(2)]
     exact = forward_passes(str(policy), prompts, ids)
     assert [value for _, value in reported] == pytest.approx(exact, abs=TOLERANCE)
-    if policy != ASSETS:  # that the cases of which this is about are there
+    if policy.parent.name != "assets":  # that the cases of which this is about are there
         texts = [text for instance in instances for text in instance["responses"]]
         ended = [reason == "stop" for instance in instances for reason in instance["stop_reasons"]]
         again = [encode_response(tokenizer, text, end) for text, end in zip(texts, ended, strict=True)]

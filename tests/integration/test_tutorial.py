@@ -61,14 +61,11 @@ def test_the_row_leaves_all_unit_tests_green(tmp_path):
     assert result.returncode == 0, result.stdout[-3000:]
 
 
-def test_every_command_of_the_tutorial(tmp_path):
+def test_every_command_of_the_tutorial(tmp_path, assets):
     copy_of_the_project(tmp_path)
-    # Assets that are here already are not made again.
-    here = PROJECT / "alignment/assets"
-    small = SMALL | ({"ASSETS": str(here)} if (here / "judge").exists() else {})
     for recipe in ("quickstart", "ablation"):  # the last of a name counts
         with (tmp_path / f"alignment/recipes/{recipe}.yaml").open("a") as file:
-            file.write("".join(f"{name}: {json.dumps(value)}\n" for name, value in small.items()))
+            file.write("".join(f"{k}: {json.dumps(v)}\n" for k, v in {**SMALL, "ASSETS": str(assets)}.items()))
     outputs = []
     for number, commands in enumerate(blocks("bash")):
         if number == 1:
