@@ -103,7 +103,7 @@ def train(setting: Setting, env: Environment, learner: Callable, runs: Runs) -> 
     per_round = setting.updates // rounds
     points, values = measured_at(setting), []
     previous, weights = env.ref_nodes[runs.seeds], Weights(runs.samplers, setting.beta)
-    designed = [run for run, sampler in enumerate(runs.samplers) if sampler.design]
+    designed = designed_runs(runs)
     design = Design([runs.samplers[run].design for run in designed]) if designed else None
     for update in range(setting.updates):
         logps, nodes = learner(parameters, runs.seeds)
@@ -184,13 +184,20 @@ def collect(
         return nodes, second
     rounds = setting.iterations or setting.updates
     count = setting.pairs * setting.updates // rounds // setting.epochs
-    candidates = runs.samplers[0].row.candidates
+    count_each = runs.samplers[0].row.candidates
     prompts = torch.arange(count) % setting.prompts
-    uniforms = random_numbers(runs, number, (count, 2 + candidates * setting.length))
-    tokens = uniforms[..., 2:].unflatten(-1, (candidates, setting.length))
+    uniforms = random_numbers(runs, number, (count, 2 + count_each * setting.length))
+    tokens = uniforms[..., 2:].unflatten(-1, (count_each, setting.length))
     sides = weights.draw(uniforms[..., 0])
-    drawn = draw_responses(nodes, second, prompts, sides, tokens, setting.temperature)
-    drawn = chosen_two(setting, env, runs, logps, prompts, drawn, sides, number, design)
+    candidates = draw_responses(nodes, second, prompts, sides, tokens, setting.temperature)
+    drawn = chosen_two(env, runs, logps, prompts, candidates, number)
+    if design:
+        scores = setting.beta * at(logps - env.ref_logps[runs.seeds], prompts, candidates).float()
+        is_mixed = [len(sampler.row.pairs(setting.beta)) > 1 for sampler in runs.samplers]
+        # A row with an on-policy part leaves those pairs as they are drawn.
+        fixed = torch.tensor(is_mixed).unsqueeze(1) & (sides[:, :, 0, 0] == 1)
+        which = designed_runs(runs)
+        drawn[which] = design.choose(prompts, candidates[which], scores[which], fixed[which])
     rewards = at(env.rewards[runs.seeds], prompts, drawn)
     first = first_wins(rewards[..., 0] - rewards[..., 1], setting.label_noise, uniforms[..., 1])
     chosen, rejected = (torch.where(first, drawn[..., i], drawn[..., 1 - i]) for i in (0, 1))
@@ -207,11 +214,16 @@ def random_numbers(runs: Runs, number: int, shape: tuple[int, ...]) -> torch.Ten
     return torch.stack([draws[key] for key in keys])
 
 
-def chosen_two(setting, env, runs, logps, prompts, drawn, sides, number: int, design: Design | None) -> torch.Tensor:
-    """Choose two of the candidates, each run by its row's rule or its design: [B, M, K] to [B, M, 2]."""
+def designed_runs(runs: Runs) -> list[int]:
+    """Return which runs choose by a design."""
+    return [run for run, sampler in enumerate(runs.samplers) if sampler.design]
+
+
+def chosen_two(env: Environment, runs: Runs, logps, prompts, drawn: torch.Tensor, number: int) -> torch.Tensor:
+    """Choose two of the candidates, each run by its row's rule, a designed one none: [B, M, K] to [B, M, 2]."""
     if drawn.shape[-1] == 2:
         return drawn
-    result = torch.empty(*drawn.shape[:2], 2, dtype=torch.long)
+    result = drawn[..., :2].clone()
     rewards = at(env.rewards[runs.seeds], prompts, drawn)
     implicit = at(logps - env.ref_logps[runs.seeds], prompts, drawn)
     for run, sampler in enumerate(runs.samplers):
@@ -221,12 +233,6 @@ def chosen_two(setting, env, runs, logps, prompts, drawn, sides, number: int, de
         scores = implicit if rule.startswith("implicit") else rewards
         seed = f"{int(runs.seeds[run])}/{number}"
         result[run] = choose_two(drawn[run : run + 1], scores[run : run + 1], rule, seed)[0]
-    if design:
-        which = [run for run, sampler in enumerate(runs.samplers) if sampler.design]
-        # A row with an on-policy part leaves it as it is drawn.
-        mixed = torch.tensor([len(runs.samplers[run].row.pairs(setting.beta)) > 1 for run in which]).unsqueeze(1)
-        fixed = mixed & (sides[which, :, 0, 0] == 1)
-        result[which] = design.choose(prompts, drawn[which], setting.beta * implicit[which].float(), fixed)
     return result
 
 
