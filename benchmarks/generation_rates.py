@@ -114,7 +114,7 @@ def limits(policy: torch.nn.Module, dtype: str, slots: int, prompt: float, lengt
 def make_prompts(tokenizer, count: int) -> list[list[int]]:
     """Token ids of prompts."""
     found, _ = load_prompts([str(ASSETS / "prompts.jsonl")], tokenizer, Template("chat"), LONGEST_PROMPT, end=count)
-    return [prompt.token_ids for prompt in found]
+    return [list(prompt.token_ids) for prompt in found]
 
 
 def make_requests(prompts: list[list[int]], sides: list[tuple[float, ...]]) -> list[Request]:
