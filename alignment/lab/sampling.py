@@ -65,9 +65,14 @@ def lab_sampler(name: str) -> LabSampler:
     """Return a row by name: of the lab, of the table, or `mix_A_B_P`.
 
     Raises:
-        ValueError: no such name.
+        ValueError: no such name, or a row that the lab cannot draw from.
     """
-    return LAB_ONLY[name] if name in LAB_ONLY else LabSampler(get_mixture(name))
+    if name in LAB_ONLY:
+        return LAB_ONLY[name]
+    row = get_mixture(name)
+    if row.third_model:
+        raise ValueError(f"sampler {name!r} weighs three models, the lab has two")
+    return LabSampler(row)
 
 
 # --- Responses --------------------------------------------------------------------------------------------------
