@@ -41,6 +41,7 @@ GIVEN = {
     "GPUS": 8,
     "SAMPLERS": "mixp",
     "ITERS": 2,
+    "SEEDS": 1,
 }
 DRIVERS = ("sample_train_safe_rlhf.sh", "sample_eval_safe_rlhf.sh", "sample_kl.sh", "sample_ablation.sh")
 MORE = ({}, {"TRAINER": "trl", "TRL_LOSS_TYPE": "ipo"}, {"REWARD_FUNCTION": "rules.py:exact"})

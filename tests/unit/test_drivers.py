@@ -184,17 +184,15 @@ def test_first_iteration_checkpoint():
     assert flag(commands[0][1], "--model_name_or_path") == "owner/iter-1"
 
 
-PAIRS = [[1, [2, -1], [0, 1]]]
-
-
-def test_a_sampler_of_ones_own(tmp_path):
+@pytest.mark.parametrize("pairs", [[[1, [2, -1], [0, 1]]], [[1, [1.5, -0.5, 0], [0, 0.5, 0.5]]]])
+def test_a_sampler_of_ones_own(tmp_path, pairs):
     """As an argument and in a recipe of one's own; iteration 1 is on-policy whatever `online` is called."""
-    table = json.dumps({"mine": PAIRS, "online": PAIRS})
+    table = json.dumps({"mine": pairs, "online": pairs})
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(f"EXTENDS: safe_rlhf\nPAIRS: {table}\nSAMPLERS: [mine]\n")
     for given in ({"SAMPLERS": "mine", "PAIRS": table}, {"RECIPE": recipe}):
         commands = dict(plan(TRAIN, ITERS=2, **given))
-        assert json.loads(flag(commands["generate 2 mine"], "--pairs")) == PAIRS
+        assert json.loads(flag(commands["generate 2 mine"], "--pairs")) == pairs
         assert "--pairs" not in commands["generate 1 online"]
 
 
