@@ -3,7 +3,7 @@
 Reads   nothing; environments are drawn from the seeds.
 Writes  OUTPUT_DIR/lab_curvature.png; prints the condition numbers.
 
-    python alignment/lab/curvature.py --seeds 8 --output_dir docs/figures
+    python alignment/lab/curvature.py --seeds 3 --output_dir docs/figures
 
 At pi* the loss of a pair has the curvature beta^2 sigma'(beta h) d d^T, d = grad log pi(y1) - grad log pi(y2). The
 Hessian is J^T L J: J the gradients of all responses' log-probabilities, L a graph Laplacian whose edge (y, y')
@@ -41,10 +41,11 @@ DIRECTION = 100  # the condition number is the largest eigenvalue over this one:
 def main() -> None:
     """Environments -> spectra -> figure and condition numbers."""
     p = Parser(__doc__)
-    p.add("--seeds", "environments", type=int, default=8)
+    p.add("--seeds", "environments", type=int, default=3)
     p.add("--beta", "KL coefficient", type=float, default=0.3)
     p.add("--output_dir", "folder of the figure", required=True)
     args = p.parse_args()
+    torch.set_num_threads(1)  # more only wait for each other at these sizes
     setting = Setting(beta=args.beta)
     env = make_environment(setting, list(range(args.seeds)))
     optimum = (env.ref_logps + env.rewards / setting.beta).log_softmax(-1)
@@ -58,9 +59,9 @@ def main() -> None:
 
 def spectra_of(setting: Setting, env: Environment, optimum: torch.Tensor, parameters: torch.Tensor, seed: int):
     """Return one environment's eigenvalues, [learners, samplers, P N], falling."""
-    hessians = [loss_hessian(setting, env, optimum, lab_sampler(name).row, seed) for name in SAMPLERS]
+    roots = [root_of(loss_hessian(setting, env, optimum, lab_sampler(name).row, seed)) for name in SAMPLERS]
     return [
-        [eigenvalues(kernel, hessian) for hessian in hessians]
+        [eigenvalues(kernel, root) for root in roots]
         for kernel in (tangent_kernel(setting, env, parameters, learner, seed) for learner in LEARNERS)
     ]
 
@@ -94,10 +95,14 @@ def tangent_kernel(setting: Setting, env: Environment, parameters, learner: str,
     return jacobian @ jacobian.mT
 
 
-def eigenvalues(kernel: torch.Tensor, hessian: torch.Tensor) -> np.ndarray:
-    """Return those of J^T L J that can differ from 0, falling: of R^T J J^T R with L = R R^T."""
+def root_of(hessian: torch.Tensor) -> torch.Tensor:
+    """Return R with L = R R^T."""
     values, vectors = torch.linalg.eigh(hessian)
-    root = vectors * values.clamp(min=0).sqrt()
+    return vectors * values.clamp(min=0).sqrt()
+
+
+def eigenvalues(kernel: torch.Tensor, root: torch.Tensor) -> np.ndarray:
+    """Return those of J^T L J that can differ from 0, falling: of R^T J J^T R with L = R R^T."""
     return torch.linalg.eigvalsh(root.mT @ kernel @ root).flip(0).clamp(min=0).numpy()
 
 
