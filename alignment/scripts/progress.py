@@ -20,9 +20,9 @@ from bandit.mixtures import get_mixture
 from common.cli import run
 from scripts.settings import Settings, show
 
-# The reference machine: an AMD EPYC with 2 cores that multiplies bfloat16 itself. Products of 1024 x 1024 matrices
-# that it makes in a second, and
-REFERENCE_SPEED = {"bfloat16": 250, "float32": 58}
+# The reference machine: an AMD EPYC with 2 cores that multiplies bfloat16 itself. Operations per second in products
+# of 2048 x 2048 matrices (benchmarks/results/amd-epyc-2-cores.md), and
+REFERENCE_SPEED = {"bfloat16": 405e9, "float32": 180e9}
 # the quickstart's seconds on it: to start a stage, and per unit of its work.
 SECONDS = {
     "unpack": (20, 0),
@@ -128,13 +128,14 @@ def machine_speed(dtype: str, seconds: float = 1.0) -> float:
     """Return how many times the reference machine's speed this one has: products of matrices, on all cores."""
     import torch
 
-    a = torch.randn(1024, 1024).to(getattr(torch, dtype))
+    size = 2048
+    a = torch.ones(size, size, dtype=getattr(torch, dtype))
     a @ a  # the first product sets things up
     began, count = time.perf_counter(), 0
     while time.perf_counter() - began < seconds:
         a @ a
         count += 1
-    return count / (time.perf_counter() - began) / REFERENCE_SPEED[dtype]
+    return 2 * size**3 * count / (time.perf_counter() - began) / REFERENCE_SPEED[dtype]
 
 
 def main() -> None:
