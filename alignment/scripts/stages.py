@@ -19,7 +19,7 @@ ALIGNMENT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ALIGNMENT))
 
 from common.cli import UserError, run
-from scripts import machine, names, running
+from scripts import machine, names, progress, running
 from scripts.settings import Settings, show
 
 Words = list[str]
@@ -432,6 +432,8 @@ def main() -> None:
     if stage not in STAGES:
         raise UserError(f"no stage {stage!r}; there are {', '.join(STAGES)}")
     commands = STAGES[stage](s, int(rest[0]), rest[1:]) if rest else STAGES[stage](s)
+    if not s.DRY_RUN and (where := progress.line(s, " ".join((stage, *rest)))):
+        print(f"\n{where}", flush=True)
     for command in commands:
         print(f"\n[{' '.join((stage, *rest))}] {shlex.join(command)}", flush=True)
     if s.DRY_RUN:

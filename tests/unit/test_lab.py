@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from commands import PROJECT
-from lab import design, intervals, sampling, train
+from lab import curvature, design, intervals, sampling, train
 from lab.checkpoint import load_checkpoint, save_checkpoint
 from lab.environment import Environment, Setting, exact_values, make_environment
 from lab.learners import Scores, Transformer, structure
@@ -293,6 +293,31 @@ def test_each_epoch_passes_over_every_pair_once():
     seen = [data.batch(setting, 0, step, 12).chosen[0].tolist() for step in range(12)]
     for epoch in range(3):
         assert sorted(sum(seen[4 * epoch : 4 * epoch + 4], [])) == list(range(16))
+
+
+@pytest.mark.parametrize("name", ["online", "gshf", "theory"])
+def test_the_curvature_is_autograds_hessian_of_the_expected_loss(env, name):
+    """Table and linear at the optimum: the whole Hessian of the loss, summed over pairs and labels."""
+    optimum = (env.ref_logps + env.rewards / SMALL.beta).log_softmax(-1)
+    hessian = curvature.loss_hessian(SMALL, env, optimum, MIXTURES[name], 1)
+    nodes = [next_token_logps(logps[1:2], 3, 3) for logps in (optimum, env.ref_logps)]
+    law = sampling.pair_law(MIXTURES[name], SMALL.beta, *nodes, 3)[0]
+    wins = (env.rewards[1].unsqueeze(-1) - env.rewards[1].unsqueeze(-2)).sigmoid()
+    features = structure(3, 3).double()
+    for learner, matrix in (("table", torch.eye(27).double()), ("linear", features)):
+
+        def loss(theta, matrix=matrix):
+            u = SMALL.beta * (optimum - env.ref_logps)[1] + SMALL.beta * theta.view(2, -1) @ matrix.T
+            h = u.unsqueeze(-1) - u.unsqueeze(-2)
+            log_loss = -wins * torch.nn.functional.logsigmoid(h) - (1 - wins) * torch.nn.functional.logsigmoid(-h)
+            return (law * log_loss).sum() / 2
+
+        whole = torch.autograd.functional.hessian(loss, torch.zeros(2 * matrix.shape[1]).double())
+        expected = torch.linalg.eigvalsh(whole).flip(0).numpy()
+        kernel = curvature.tangent_kernel(SMALL, env, None, learner, 1)
+        found = curvature.eigenvalues(kernel, curvature.root_of(hessian))
+        size = min(len(found), len(expected))
+        np.testing.assert_allclose(found[:size], expected[:size], atol=1e-6 * expected[0])
 
 
 # --- Intervals --------------------------------------------------------------------------------------------------
