@@ -43,7 +43,7 @@ def grid(lowest: float, count: int = 5) -> list[float]:
 
 
 # Grids of the ladder that are not run_lab.LRS: a gradient of the loss is in proportion to beta, so that SGD's best
-# rate grows as beta falls; in the table that of a side from the reference grows beyond any multiple of online's.
+# rate grows as beta falls; in the table that of a side from the reference is 32 times online's.
 LADDER_LRS = {
     ("table", "sgd", 0.1): grid(100.0, 12),
     ("linear", "sgd", 0.1): grid(10.0, 9),
