@@ -1,8 +1,9 @@
 """The table of samplers that work for language models: one row serves the bandit and the pipeline.
 
 A response is drawn, token by token, from softmax((w_policy * logits_policy + w_second * logits_second) / T); in the
-bandit an arm from pi^w_policy * pi_second^w_second, normalised. A pair is two such weight vectors; a sampler is a
-small probability table over pairs, and, where it draws more than two candidates, the rule that makes a pair of them.
+bandit an arm from pi^w_policy * pi_second^w_second, normalised. A row may weigh a third model in the same way. A pair
+is two such weight vectors; a sampler is a small probability table over pairs, and, where it draws more than two
+candidates, the rule that makes a pair of them.
 A new sampler is a new row of `MIXTURES`. Standard library only: generation imports this file.
 
 Sources: Shi, Zhou, Du, "The Crucial Role of Samplers in Online Direct Preference Optimization", ICLR 2025, section 5,
@@ -22,11 +23,11 @@ WITHIN = "mixed_max_min"
 
 
 class WeightPair(NamedTuple):
-    """With `probability`, a pair's responses come from `first` and from `second`: each (w_policy, w_second)."""
+    """With `probability`, a pair's responses come from `first` and from `second`: (w_policy, w_second[, w_third])."""
 
     probability: float
-    first: tuple[float, float]
-    second: tuple[float, float]
+    first: tuple[float, ...]
+    second: tuple[float, ...]
 
 
 WeightPairs = tuple[WeightPair, ...]
@@ -41,6 +42,7 @@ class Mixture:
         about: what a pair is, in a few words, and its source.
         second_model: what the second weight belongs to: `reference`, or `previous`, the policy of the iteration
             before the current one.
+        third_model: the same for the third weight, in rows that have one.
         candidates: responses per prompt, K.
         choose: how two of the candidates become a pair, a rule of alignment/dpo_iteration/pairs.py: `max_min` the
             best and the worst by reward, `implicit_max_min` by implicit reward, `max_sweet` the best and the one
@@ -52,6 +54,12 @@ class Mixture:
     second_model: str = "reference"
     candidates: int = 2
     choose: str = "max_min"
+    third_model: str | None = None
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """What the weights belong to, in their order."""
+        return ("policy", self.second_model, *([self.third_model] if self.third_model else []))
 
 
 def family(a: float, b: float, p: float = 1.0) -> WeightPairs:
@@ -64,7 +72,7 @@ def family(a: float, b: float, p: float = 1.0) -> WeightPairs:
     return tuple(row for row in (on_policy, mixed) if row.probability > 0)
 
 
-def always(first: tuple[float, float], second: tuple[float, float]) -> Callable[[float], WeightPairs]:
+def always(first: tuple[float, ...], second: tuple[float, ...]) -> Callable[[float], WeightPairs]:
     """One pair, at any beta."""
     return lambda beta: (WeightPair(1.0, first, second),)
 
@@ -113,6 +121,11 @@ MIXTURES = {
     ),
     "history": Mixture(
         always(POLICY, SECOND), "policy x the policy of the iteration before", second_model="previous"
+    ),
+    "history-mixp": Mixture(
+        always((1.5, -0.25, -0.25), (0.5, 0.25, 0.25)),
+        "mixp with half of the reference's weights on the policy of the iteration before",
+        third_model="previous",
     ),
     "best-worst": Mixture(
         always(POLICY, POLICY),

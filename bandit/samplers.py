@@ -143,10 +143,10 @@ def logit_mixture(mixture: Mixture) -> Callable[[Bandit], Products]:
     """Two draws of a row of the language-model table: each arm from pi^w_policy pi_second^w_second, normalised."""
 
     def products(bandit: Bandit) -> Products:
-        def arm(weights: tuple[float, float]) -> Arm:
-            policy, second = weights
-            of_before = second / bandit.beta if mixture.second_model == "previous" else 0.0
-            return Arm(policy / bandit.beta, of_before, (policy + second) * bandit.log_ref)
+        def arm(weights: tuple[float, ...]) -> Arm:
+            # log pi = u / beta + log pi_ref, and so for the policy before; the arm's constant does not matter.
+            on = dict(zip(mixture.models, weights, strict=True))
+            return Arm(on["policy"] / bandit.beta, on.get("previous", 0) / bandit.beta, sum(weights) * bandit.log_ref)
 
         pairs = mixture.pairs(bandit.beta)
         return Products(tuple((p / 2, arm(first), arm(second)) for p, first, second, *_ in pairs), normalised=True)
@@ -197,22 +197,23 @@ class NotTabular(ValueError):
 
 def check_tabular(mixture: Mixture) -> None:
     """Raise NotTabular if the row has a field, a choice, or weights that are not known here."""
-    known = {"pairs", "about", "second_model", "candidates", "choose"}
+    known = {"pairs", "about", "second_model", "third_model", "candidates", "choose"}
     for field in fields(mixture):
         if field.name not in known and getattr(mixture, field.name) != field.default:
             raise NotTabular(f"the bandit has no law for rows with `{field.name}`")
-    if mixture.second_model not in ("reference", "previous"):
-        raise NotTabular(f"the bandit has no second model {mixture.second_model!r}")
+    for name in mixture.models[1:]:
+        if name not in ("reference", "previous"):
+            raise NotTabular(f"the bandit has no model {name!r}")
     pairs = mixture.pairs(1.0)
     for _, first, second, *more in pairs:
         defaults = [WeightPair._field_defaults[name] for name in WeightPair._fields[3:]]
-        if len(first) != 2 or len(second) != 2 or more != defaults:
-            raise NotTabular("the bandit knows pairs of two weight vectors for two models only")
+        if not len(first) == len(second) == len(set(mixture.models)) or more != defaults:
+            raise NotTabular("the bandit knows pairs of two weight vectors, with a weight per model, only")
     if mixture.candidates == 2 or mixture.choose == "random":
         return
     if mixture.choose not in ("max_min", "implicit_max_min"):
         raise NotTabular(f"the bandit has no law for the choice {mixture.choose!r} of {mixture.candidates}")
-    if len(pairs) > 1 or pairs[0][1] != pairs[0][2] or mixture.second_model == "previous":
+    if len(pairs) > 1 or pairs[0][1] != pairs[0][2] or mixture.models[1:] != ("reference",):
         raise NotTabular("best and worst of draws from several policies have no closed form here")
 
 

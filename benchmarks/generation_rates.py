@@ -1,12 +1,12 @@
 """Tokens per second of logit-mixture generation: N transformers models in step, our engine of N, vLLM with one model.
 
-Reads   the quickstart's policy and prompts (alignment/assets). Writes nothing; prints a Markdown table.
+Reads   the quickstart's policy and prompts (alignment/assets). Prints a Markdown table; --figure draws it.
 
 All sides sample the same prompts (two models: the sampler mixp, half of the responses from (1.5, -0.5), half from
 (0.5, 0.5)) in the same type, with temperature 1 and end tokens that end a response. Models are loaded, engines
 started and warmed up before the clock starts. The last rows are requests of the policy alone in an engine of two.
 
-    python benchmarks/generation_rates.py
+    python benchmarks/generation_rates.py --figure docs/figures/generation_rates.png
 """
 
 import argparse
@@ -114,7 +114,7 @@ def limits(policy: torch.nn.Module, dtype: str, slots: int, prompt: float, lengt
 def make_prompts(tokenizer, count: int) -> list[list[int]]:
     """Token ids of prompts."""
     found, _ = load_prompts([str(ASSETS / "prompts.jsonl")], tokenizer, Template("chat"), LONGEST_PROMPT, end=count)
-    return [prompt.token_ids for prompt in found]
+    return [list(prompt.token_ids) for prompt in found]
 
 
 def make_requests(prompts: list[list[int]], sides: list[tuple[float, ...]]) -> list[Request]:
@@ -130,6 +130,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--max_new_tokens", type=int, default=48, help="longest response (default 48)")
     flags.add_argument("--slots", type=int, default=64, help="responses our engine samples at a time (default 64)")
     flags.add_argument("--dtype", default=half_dtype(), help="of both sides (default: what the CPU multiplies)")
+    flags.add_argument("--figure", type=Path, help="draw the rates into this file")
     return flags
 
 
@@ -154,20 +155,23 @@ def main() -> None:
     engines = {count: Engine(count, args) for count in COUNTS}
     few = prompts[: args.prompts]
     loops = {count: ModelsInStep(count, args.dtype) for count in COUNTS}
-    sides = {f"loop {n}": (loops[n], make_requests(few, SIDES[n])) for n in COUNTS}
+    # A full batch says what a loop's rate is.
+    sides = {f"loop {n}": (loops[n], make_requests(few[: BATCH // 2], SIDES[n])) for n in COUNTS}
     sides |= {f"engine {n}": (engines[n], make_requests(few, SIDES[n])) for n in COUNTS}
     sides["policy alone in 2"] = engines[2], make_requests(few, [(1.0, 0.0)] * 2)
-    sides["4x"] = engines[2], make_requests(prompts, SIDES[2])
     times, tokens = measure_all(sides, sampling)
+    times["4x"] = seconds(lambda: engines[2].generate(make_requests(prompts, SIDES[2]), sampling))
     length = statistics.mean(map(len, few))
     floors = limits(loops[1].models[0], args.dtype, min(args.slots, 2 * len(few)), length, args.max_new_tokens)
     bound = shares(lambda: engines[2].generate(sides["engine 2"][1], sampling))
+    if args.figure:
+        draw({name: tokens[name] / times[name] for name in tokens}, args.figure)
     report("Generation", words(args, 2 * len(few)), rows(times, tokens, floors, bound))
 
 
 def rows(times: dict[str, float], tokens: dict[str, int], floors: tuple[float, float], bound: str) -> list[Row]:
     """The table's lines."""
-    rate = {name: tokens[name] / times[name] for name in times}
+    rate = {name: tokens[name] / times[name] for name in tokens}
 
     def row(case: str, baseline: str, ours: str, factor: float, *rest: str) -> Row:
         figures = (f"{rate[name]:.0f} tokens/s" for name in (baseline, ours))
@@ -199,13 +203,33 @@ def rows(times: dict[str, float], tokens: dict[str, int], floors: tuple[float, f
     return [*found, growth_row("engine of 2, 4x the prompts", times["engine 2"], times["4x"])]
 
 
+def draw(rate: dict[str, float], file: Path) -> None:
+    """Draw tokens/s against the number of models: loop, engine, and what the engine of one would leave for N."""
+    from matplotlib import pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(5.5, 3.2), layout="constrained")
+    ax.plot(
+        COUNTS, [rate["engine 1"] / n for n in COUNTS], "--", color="0.5", label="vLLM with one model, divided by N"
+    )
+    for name, label, style in (
+        ("engine", "engine of N models", "o-"),
+        ("loop", "N transformers models in step", "s-"),
+    ):
+        ax.plot(COUNTS, [rate[f"{name} {n}"] for n in COUNTS], style, label=label)
+    ax.plot([2], [rate["policy alone in 2"]], "^", color="C2", label="requests of one model in an engine of 2")
+    ax.set(xlabel="N, models that every request weighs", ylabel="tokens/s", xticks=COUNTS, ylim=(0, None))
+    fig.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=7)
+    fig.savefig(file, dpi=150)
+    plt.close(fig)
+
+
 def words(args: argparse.Namespace, responses: int) -> str:
     """What was run."""
     return (
         f"SmolLM2-135M as every model, {args.dtype} on both sides; {responses} responses of at most "
-        f"{args.max_new_tokens} tokens, end tokens on; the loop in batches of {BATCH}, our engine {args.slots} at a "
-        "time. Models are loaded and engines started before the clock starts. Limit: the slower of reading weights "
-        "and caches at the measured bandwidth and of multiplying at the measured rate."
+        f"{args.max_new_tokens} tokens, end tokens on; the loop a batch of {BATCH}, our engine {args.slots} "
+        "at a time. Models are loaded and engines started before the clock starts. Limit: the slower of reading "
+        "weights and caches at the measured bandwidth and of multiplying at the measured rate."
     )
 
 

@@ -11,6 +11,7 @@ die() { echo "run_all.sh: error: $*" >&2; exit 2; }
 PYTHON=$PWD/.venv/bin/python
 [[ -x $PYTHON ]] || die "no environment: run 'bash setup.sh cpu' first"
 [[ -d alignment/assets/judge ]] || die "no models: run 'bash alignment/scripts/quickstart_assets.sh' first"
+BEGAN=$(date -u '+%Y-%m-%d %H:%M')
 STAGES=("$@")
 if ((${#STAGES[@]} == 0)); then STAGES=(generation_rates annotation training kl bandit_updates memory); fi
 for stage in "${STAGES[@]}"; do [[ -f benchmarks/$stage.py ]] || die "no benchmark '$stage'"; done
@@ -18,9 +19,15 @@ for stage in "${STAGES[@]}"; do [[ -f benchmarks/$stage.py ]] || die "no benchma
 RESULTS=benchmarks/results/$("$PYTHON" benchmarks/machine.py --name).md
 mkdir -p benchmarks/results
 MACHINE=$("$PYTHON" benchmarks/machine.py)
+RUN="The machine as the last measured section found it; sections may be of other runs: the last was ${STAGES[*]}."
 for stage in "${STAGES[@]}"; do
     echo "run_all.sh: $stage" >&2
     tables=$("$PYTHON" "benchmarks/$stage.py") || die "$stage failed"
-    printf '# Benchmarks\n\nThe machine as the last measured section found it; sections may be of other runs.\n\n%s\n\n%s\n' "$MACHINE" "$(sed -n '/^## /,$p' <<<"$tables")" | "$PYTHON" benchmarks/merge.py "$RESULTS"
+    printf '# Benchmarks\n\n%s\n\n%s\n\n%s\n' "$RUN" "$MACHINE" "$(sed -n '/^## /,$p' <<<"$tables")" | "$PYTHON" benchmarks/merge.py "$RESULTS"
 done
+if (($# == 0)); then  # all are of this run, and the file says so
+    ONE="All sections but Quickstart were measured in one run of \`bash benchmarks/run_all.sh\`, $BEGAN to $(date -u '+%H:%M') UTC, of"
+    ONE+=" commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown)."
+    printf '# Benchmarks\n\n%s\n\n%s\n' "$ONE" "$MACHINE" | "$PYTHON" benchmarks/merge.py "$RESULTS"
+fi
 echo "run_all.sh: $RESULTS"

@@ -172,7 +172,7 @@ def sample(
     wanted = list(plan.requests(done.rows))
     if wanted:
         give_memory_back()  # what the scoring of an earlier command line has left
-        generator = engines.load(args, args.model_name_or_path, None, longest)
+        generator = engines.load(args, [args.model_name_or_path, None], longest)
         stop_ids = stop_token_ids(tokenizer, args.model_name_or_path, args.trust_remote_code)
         sampling = Sampling(args.temperature, args.max_new_tokens, stop_ids)
         for response in tqdm(generator.generate(wanted, sampling), "sampling", len(wanted), file=sys.stdout):

@@ -30,7 +30,7 @@ class HFGenerator:
         dtype: str,
         max_num_seqs: int = 20,
         trust_remote_code: bool = False,
-        others: Sequence[str] = (),
+        others: Sequence[str | None] = (),
     ) -> None:
         self.device = default_device()
         self.models = [
@@ -78,7 +78,7 @@ class HFGenerator:
     ) -> torch.Tensor:
         """Return the models' weighted logits of the next token, float32 [batch, vocabulary]; updates `caches`."""
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        total = 0
+        each = []
         for side, model in enumerate(self.models):
             if model is None:
                 continue
@@ -91,8 +91,9 @@ class HFGenerator:
                 logits_to_keep=1,
             )
             caches[side] = output.past_key_values
-            total = total + weights[:, side, None] * output.logits[:, -1].float()
-        return total
+            each.append(weights[:, side, None] * output.logits[:, -1].float())
+        narrowest = min(logits.shape[-1] for logits in each)  # ids that not every model knows belong to no token
+        return sum(logits[:, :narrowest] for logits in each)
 
 
 def left_pad(sequences: list[list[int]], device: str) -> tuple[torch.Tensor, torch.Tensor]:

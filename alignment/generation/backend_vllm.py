@@ -66,7 +66,7 @@ class VLLMGenerator:
         gpu_memory_utilization: float = 0.9,
         trust_remote_code: bool = False,
         compile: str = "eager",
-        others: Sequence[str] = (),
+        others: Sequence[str | None] = (),
         **options,
     ) -> None:
         models = [policy, second, *others]

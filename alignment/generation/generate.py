@@ -10,25 +10,28 @@ Writes  OUT.json: prompts, responses, the ids that were sampled, which pair of t
         --max_new_tokens 128 --max_input_length 128 --output_file OUT.json
 
 For several samplers or models: FLAGS --then FLAGS, and so on, starts Python once, and one engine for all that
-follow one another with the same second model, or with a single model, of one shape.
+follow one another with the same other models, or with a single model, of one shape.
 """
 
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 PROJECT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(PROJECT / "alignment"), str(PROJECT)]  # the samplers' table is the bandit's
+sys.path.append(str(PROJECT / "alignment/generation/logit_mixture"))  # its checks, where it is not installed
+
+from vllm_logit_mixture import MixtureError
+from vllm_logit_mixture.check import check_same_tokens, check_widths
 
 from bandit.mixtures import MIXTURES, Mixture, WeightPairs
 from common import scale_out
 from common.cli import Parser, UserError, command_lines, natural, non_negative, positive, positive_int, run
 from common.journal import Journal, is_done, journal
 from common.models import (
-    check_same_vocabulary,
     load_config,
     load_tokenizer,
     response_text,
@@ -64,7 +67,8 @@ def parser() -> Parser:
     p.add("--ref_model_name_or_path", "the reference; needed by samplers that use it")
     p.add(
         "--previous_model_name_or_path",
-        "the policy of the iteration before; needed by the sampler history, in which it stands for the reference",
+        "the policy of the iteration before; needed by the samplers history, in which it stands for the reference, "
+        "and history-mixp, and by --pairs of three weights",
     )
     p.add("--dataset_name_or_path", "prompts: file(s), folder(s) or hub name(s)", nargs="+", required=True)
     add_prompt_flags(p)
@@ -82,7 +86,11 @@ def parser() -> Parser:
         help=f"a row of the table: {', '.join(MIXTURES)}; or mix_A_B_P: with probability P from (1 + A, -A) against "
         "(1 - B, B), else both on-policy (default: online)",
     )
-    which.add_argument("--pairs", help="a table of your own: [[p, [w_policy, w_second], [w, w]], ...]")
+    which.add_argument(
+        "--pairs",
+        help="a table of your own: [[p, [w_policy, w_ref], [w, w]], ...], or three "
+        "weights each, the third that of the policy of the iteration before",
+    )
     p.add("--beta", "KL coefficient of the DPO loss, used by the sampler pilaf", type=positive, default=0.1)
     p.add("--K", "responses per prompt (default: the sampler's own, mostly 2)", type=positive_int)
     p.add("--temperature", "0 = greedy", type=non_negative, default=0.7)
@@ -93,50 +101,54 @@ def parser() -> Parser:
     return p
 
 
-def chosen_models(args: argparse.Namespace, sampler: Mixture) -> tuple[str | None, str | None]:
-    """Return (policy, second model), None for one that the sampler does not use."""
-    needs_policy, needs_second = models_needed(sampler.pairs(args.beta))
-    flag = {"reference": "ref_model_name_or_path", "previous": "previous_model_name_or_path"}[sampler.second_model]
-    second = getattr(args, flag)
-    if needs_second and not second:
-        raise UserError(f"this sampler needs --{flag}")
-    return args.model_name_or_path if needs_policy else None, second if needs_second else None
+FLAGS = {
+    "policy": "model_name_or_path",
+    "reference": "ref_model_name_or_path",
+    "previous": "previous_model_name_or_path",
+}
 
 
-def check_models(args: argparse.Namespace, policy: str | None, second: str | None, second_is: str):
+def chosen_models(args: argparse.Namespace, sampler: Mixture) -> dict[str, str | None]:
+    """Return what each model is → its folder or name, in the order of the weights; None for one that is not used."""
+    found = {}
+    for what, is_needed in zip(sampler.models, models_needed(sampler.pairs(args.beta)), strict=True):
+        found[what] = getattr(args, FLAGS[what]) if is_needed else None
+        if is_needed and not found[what]:
+            raise UserError(f"this sampler needs --{FLAGS[what]}")
+    return found
+
+
+def check_models(args: argparse.Namespace, used: dict[str, str | None]):
     """Refuse, before any weight is loaded, models that cannot do this.
 
     Returns:
         (the policy's tokenizer, longest prompt in tokens). That tokenizer is used with every sampler, so that all of
         them see the same prompts.
     """
-    trust, models = args.trust_remote_code, {}
+    trust = args.trust_remote_code
+    loaded = {
+        what: (load_config(name, what, trust), load_tokenizer(name, what, trust))
+        for what, name in {**used, "policy": args.model_name_or_path}.items()
+        if name
+    }
+    tokenizer, models = loaded["policy"][1], {f"{what} {used[what]}": loaded[what] for what in used if used[what]}
+    try:
+        for name, (_, other) in models.items():
+            check_same_tokens(tokenizer, other, f"policy {args.model_name_or_path}", name)
+        if len(models) > 1:
+            check_widths(models)
+    except MixtureError as error:
+        raise UserError(str(error)) from None
+    return tokenizer, longest_prompt(args, models)
 
-    def load(name: str, what: str) -> tuple:
-        return load_config(name, what, trust), load_tokenizer(name, what, trust)
 
-    loaded = load(args.model_name_or_path, "policy")
-    if policy is not None:
-        models[f"policy {policy}"] = loaded
-    if second is not None:
-        models[f"{second_is} {second}"] = load(second, second_is)
-    for _, tokenizer in models.values():
-        check_same_vocabulary(loaded[1], tokenizer)
-    widths = sorted({config.get_text_config().vocab_size for config, _ in models.values()})
-    if len(widths) > 1:
-        raise UserError(f"policy and {second_is} give logits for {' and '.join(map(str, widths))} ids")
-    return loaded[1], longest_prompt(args, models)
-
-
-def settings_of(
-    args: argparse.Namespace, sampler: Mixture, policy: str | None, second: str | None, fingerprint: str
-) -> dict:
+def settings_of(args: argparse.Namespace, sampler: Mixture, models: dict[str, str | None], fingerprint: str) -> dict:
     """Return everything that the responses depend on, but for the slice; and the rule that makes pairs of them."""
     kept = ("K", "temperature", "max_new_tokens", "seed", "backend", "dtype")
     return {
-        "policy": policy,
+        "policy": None,
         "reference": None,
-        sampler.second_model: second,
+        **models,
         "tokenizer": fingerprint,
         **prompt_settings(args),
         "sampler": as_settings(sampler.pairs(args.beta)),
@@ -257,13 +269,13 @@ def finish(part: Slice, done: Journal, made_from: dict) -> None:
         print(f"generate: {cut} responses end within a character, which their text leaves out")
 
 
-def start_back_end(args: argparse.Namespace, policy: str | None, second: str | None, longest: int):
+def start_back_end(args: argparse.Namespace, models: Sequence[str | None], longest: int):
     """Return what samples: one engine in this process, or with `--num_engines` several that look like one."""
     if args.num_engines == 1:
-        return load_generator(args, policy, second, longest)
+        return load_generator(args, models, longest)
     from generation.many_engines import ManyEngines
 
-    return ManyEngines(args, policy, second, longest)
+    return ManyEngines(args, models, longest)
 
 
 def generate(args: argparse.Namespace, engines: Engines) -> None:
@@ -274,23 +286,23 @@ def generate(args: argparse.Namespace, engines: Engines) -> None:
     check_count(pairs, args.K)
     check_temperature(args)
     slices(args)
-    policy, second = chosen_models(args, sampler)
-    tokenizer, longest = check_models(args, policy, second, sampler.second_model)
-    args.dtype = choose_dtype(args, (policy, second))
-    settings = settings_of(args, sampler, policy, second, tokenizer_fingerprint(tokenizer))
+    models = chosen_models(args, sampler)
+    tokenizer, longest = check_models(args, models)
+    args.dtype = choose_dtype(args, models.values())
+    settings = settings_of(args, sampler, models, tokenizer_fingerprint(tokenizer))
     todo = slices_to_do(args, tokenizer, longest, settings, pairs)
     if not todo:
         return
-    trust, models = args.trust_remote_code, [name for name in (policy, second) if name]
-    stop_ids = sorted({i for name in models for i in stop_token_ids(tokenizer, name, trust)})
+    used = [name for name in models.values() if name]
+    stop_ids = sorted({i for name in used for i in stop_token_ids(tokenizer, name, args.trust_remote_code)})
     if not stop_ids:
         print(
             f"no stop token: neither tokenizer nor model has one, so all responses are cut at {args.max_new_tokens}"
         )
-    inputs = model_inputs({"policy": policy, sampler.second_model: second}) + data_inputs(args.dataset_name_or_path)
+    inputs = model_inputs(models) + data_inputs(args.dataset_name_or_path)
     made_from = provenance(["vllm"] if args.backend == "vllm" else [], inputs)
     sampling = Sampling(args.temperature, args.max_new_tokens, stop_ids)
-    sample(todo, lambda: engines.load(args, policy, second, longest), sampling, tokenizer, made_from)
+    sample(todo, lambda: engines.load(args, list(models.values()), longest), sampling, tokenizer, made_from)
 
 
 def main() -> None:

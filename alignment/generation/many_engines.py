@@ -5,7 +5,7 @@ import collections
 import functools
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 
 from common import scale_out
@@ -15,8 +15,8 @@ from generation.sampling import EngineDied, Request, Response, Sampling, load_ge
 class ManyEngines:
     """Several engines that together look like one; arguments as for `load_generator`."""
 
-    def __init__(self, args: argparse.Namespace, policy: str | None, second: str | None, longest: int) -> None:
-        self.making = args, policy, second, longest
+    def __init__(self, args: argparse.Namespace, models: Sequence[str | None], longest: int) -> None:
+        self.making = args, models, longest
         if args.backend == "vllm":
             # Eight calls at a time fill the continuous batch and its queue: as one call ends, the next one begins.
             gpus, self.calls, self.largest = args.tensor_parallel_size, 8, max(1, args.max_num_seqs // 2)
@@ -41,9 +41,9 @@ class Engine:
     """A back end in an actor of its own. What several threads ask for at a time runs in one batch."""
 
     def __init__(
-        self, args: argparse.Namespace, policy: str | None, second: str | None, longest: int, sampling: Sampling
+        self, args: argparse.Namespace, models: Sequence[str | None], longest: int, sampling: Sampling
     ) -> None:
-        self.generator = load_generator(args, policy, second, longest)
+        self.generator = load_generator(args, models, longest)
         self.sampling = sampling
         self.calls: queue.SimpleQueue[list[Request]] = queue.SimpleQueue()
         self.promised: dict[str, Future] = {}

@@ -8,10 +8,10 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from bandit.mixtures import POLICY, SECOND, WITHIN, Mixture, WeightPair, WeightPairs, get_mixture
+from bandit.mixtures import WITHIN, Mixture, WeightPair, WeightPairs, get_mixture
 from common.adapters import whole_model
 from common.cli import Parser, UserError, fraction, positive_int
 from common.models import context_length, default_dtype, stored_dtype
@@ -24,7 +24,7 @@ class Request(NamedTuple):
     Attributes:
         key: names the request in the output; any string.
         prompt_ids: token ids of the prompt.
-        weights: (w_policy, w_second, and of any further models), see bandit/mixtures.py.
+        weights: one per model, (w_policy, w_second[, w_third]), see bandit/mixtures.py.
         seed: of this request's own random stream; its response does not depend on what else is in the batch.
     """
 
@@ -72,19 +72,27 @@ def sampler_by_name(name: str) -> Mixture:
 
 
 def sampler_from_json(text: str) -> Mixture:
-    """Return the row written as '[[p, [w, w], [w, w]], ...]'. Raises `UserError` if that is not a sampler."""
+    """Return the row written as '[[p, [w, w], [w, w]], ...]'. Raises `UserError` if that is not a sampler.
+
+    A third weight is that of the policy of the iteration before.
+    """
     pairs = pairs_from_json(text)
-    return Mixture(lambda beta: pairs, "--pairs", choose=WITHIN if len(pairs) > 1 else "max_min")
+    third = "previous" if len(pairs[0].first) == 3 else None
+    return Mixture(lambda beta: pairs, "--pairs", choose=WITHIN if len(pairs) > 1 else "max_min", third_model=third)
 
 
 def pairs_from_json(text: str) -> WeightPairs:
     """Return the pairs written as '[[p, [w, w], [w, w]], ...]'. Raises `UserError` if they are not a sampler's."""
     try:
         rows = tuple(
-            WeightPair(float(p), (float(a), float(b)), (float(c), float(d))) for p, (a, b), (c, d) in json.loads(text)
+            WeightPair(float(p), *(tuple(map(float, side)) for side in (first, second)))
+            for p, first, second in json.loads(text)
         )
     except (ValueError, TypeError):
         raise UserError(f"--pairs {text!r}: not of the form [[p, [w, w], [w, w]], ...]") from None
+    lengths = {len(side) for row in rows for side in (row.first, row.second)}
+    if len(lengths) > 1 or not lengths <= {2, 3}:
+        raise UserError(f"--pairs {text!r}: needs two weights everywhere, or three everywhere")
     numbers = [value for row in rows for value in (row.probability, *row.first, *row.second)]
     if not rows or not all(math.isfinite(value) for value in numbers):
         raise UserError(f"--pairs {text!r}: needs at least one row, of finite numbers")
@@ -98,14 +106,13 @@ def as_settings(pairs: Iterable[WeightPair]) -> list[list]:
     return [[row.probability, list(row.first), list(row.second)] for row in pairs]
 
 
-def models_needed(pairs: WeightPairs) -> tuple[bool, bool]:
-    """Return (needs the policy, needs the second model). One is enough only if every response is from it alone."""
-    weights = {side for row in pairs for side in (row.first, row.second)}
-    if weights == {POLICY}:
-        return True, False
-    if weights == {SECOND}:
-        return False, True
-    return True, True
+def models_needed(pairs: WeightPairs) -> tuple[bool, ...]:
+    """Return whether each model is needed. One is enough only if every response is from it alone."""
+    sides = {side for row in pairs for side in (row.first, row.second)}
+    count = len(pairs[0].first)
+    if len(sides) == 1 and sorted(*sides) == [0] * (count - 1) + [1]:
+        return tuple(weight == 1 for weight in sides.pop())
+    return (True,) * count
 
 
 def check_count(pairs: WeightPairs, count: int) -> None:
@@ -115,10 +122,10 @@ def check_count(pairs: WeightPairs, count: int) -> None:
 
 
 class Assignment(NamedTuple):
-    """Where one response comes from: index of the row of the sampler's pairs, and its (w_policy, w_second)."""
+    """Where one response comes from: index of the row of the sampler's pairs, and its weights."""
 
     row: int
-    weights: tuple[float, float]
+    weights: tuple[float, ...]
 
 
 def assign_rows(pairs: WeightPairs, count: int, seed: int) -> list[Assignment]:
@@ -271,17 +278,17 @@ def choose_dtype(args: argparse.Namespace, models: Iterable[str | None]) -> str:
     return dtype
 
 
-def load_generator(args: argparse.Namespace, policy: str | None, second: str | None, longest: int):
+def load_generator(args: argparse.Namespace, models: Sequence[str | None], longest: int):
     """Return the back end of the command line, with its models loaded, in this process.
 
     Args:
         args: flags of the script.
-        policy, second: model folders or names; None for one that no request needs.
+        models: folders or names, in the order of the weights; None for one that no request needs.
         longest: prompt, in tokens.
     """
     trust = args.trust_remote_code
-    policy, second = (name and whole_model(name, "model", trust) for name in (policy, second))
-    shared = {"dtype": args.dtype, "max_num_seqs": args.max_num_seqs, "trust_remote_code": trust}
+    policy, second, *others = (name and whole_model(name, "model", trust) for name in models)
+    shared = {"dtype": args.dtype, "max_num_seqs": args.max_num_seqs, "trust_remote_code": trust, "others": others}
     if args.backend == "hf":
         from generation.backend_hf import HFGenerator
 
@@ -309,15 +316,15 @@ class Engines:
     def __init__(self, start=load_generator) -> None:
         self.start, self.last, self.kind = start, None, None
 
-    def load(self, args: argparse.Namespace, policy: str | None, second: str | None, longest: int):
+    def load(self, args: argparse.Namespace, models: Sequence[str | None], longest: int):
         """Return the back end for these models; the one that was returned before is of no more use."""
-        first, others = (policy, second) if policy else (second, None)
+        first, *others = filter(None, models)
         flags = ("backend", "dtype", "max_num_seqs", "tensor_parallel_size", "gpu_memory_utilization", "compile")
         flags += ("trust_remote_code", "num_engines")
         kind = [others, longest + args.max_new_tokens, *(getattr(args, name, None) for name in flags)]
         if kind != self.kind or not self._exchange(first):
             self.close()
-            self.last, self.kind = self.start(args, policy, second, longest), kind
+            self.last, self.kind = self.start(args, models, longest), kind
         return self.last
 
     def close(self) -> None:

@@ -70,7 +70,7 @@ def make_environment(setting: Setting, seeds: list[int], fit_steps: int = 300, c
     reward, other, initial = (torch.cat(parts) for parts in zip(*draws, strict=True))
     q = setting.quality
     target = setting.spread * (q * reward + (1 - q**2) ** 0.5 * other)
-    parameters = _fit(transformer, initial, target.log_softmax(-1).float(), fit_steps)
+    parameters = fitted(transformer, initial, target.log_softmax(-1).float(), fit_steps)
     with torch.no_grad():
         _, nodes = transformer(parameters)
     logps = response_logps(nodes.double(), setting.length)
@@ -95,7 +95,7 @@ def _standardised(scores: torch.Tensor, probabilities: torch.Tensor) -> torch.Te
     return centred / (probabilities * centred**2).sum(-1, keepdim=True).sqrt()
 
 
-def _fit(transformer: Transformer, parameters: torch.Tensor, target: torch.Tensor, steps: int) -> torch.Tensor:
+def fitted(transformer: Transformer, parameters: torch.Tensor, target: torch.Tensor, steps: int) -> torch.Tensor:
     """Return the parameters after `steps` of exact maximum likelihood (Adam, lr from 0.01 linearly to 0)."""
     parameters = parameters.clone().requires_grad_()
     optimizer = torch.optim.Adam([parameters], lr=0.01, betas=(0.9, 0.99))

@@ -1,7 +1,7 @@
 """Figures of the study, from the cells that study.py wrote; a cell that is not there is left out.
 
 Reads   STUDY/<cell>/table.json and values.npz.
-Writes  OUTPUT_DIR/lab_main.png, lab_ladder.png, lab_where.png, lab_lr.png, lab_reward_kl.png.
+Writes  OUTPUT_DIR/lab_main.png, lab_choices.png, lab_ladder.png, lab_where.png, lab_lr.png, lab_reward_kl.png.
 
     python alignment/lab/figures.py --study alignment/lab/results --output_dir docs/figures
 """
@@ -32,11 +32,14 @@ WHERE = {
     "beta_3.0": "β = 3",
     "quality_-0.7": "q = −0.7",
     "quality_0.7": "q = 0.7",
-    "noise_0.2": "20% flipped",
+    "noise_0.2": "20%\nflipped",
+    "rounds_15": "15 rounds",
     "rounds_3": "3 rounds",
-    "pipeline": "3 rounds × 2 epochs",
-    "labels_19200": "19,200 labels",
-    "exact": "exact gradients",
+    "pipeline": "3 rounds ×\n2 epochs",
+    "batch_8": "8 labels\nper update",
+    "batch_120": "120 labels\nper update",
+    "labels_19200": "19,200\nlabels",
+    "exact": "exact\ngradients",
 }
 
 
@@ -50,9 +53,18 @@ def main() -> None:
     if not (study / "main/table.json").exists():
         raise UserError(f"{study}: has no cell `main`")
     output.mkdir(parents=True, exist_ok=True)
-    figures = {"main": forest, "ladder": ladder, "where": where, "lr": valleys, "reward_kl": reward_kl}
+    figures = {
+        "main": forest,
+        "choices": choices,
+        "ladder": ladder,
+        "where": where,
+        "lr": valleys,
+        "reward_kl": reward_kl,
+    }
     for name, draw in figures.items():
         figure = draw(study)
+        if figure is None:
+            continue
         figure.savefig(output / f"lab_{name}.png", dpi=110, bbox_inches="tight")
         plt.close(figure)
 
@@ -71,9 +83,14 @@ def error_bar(axis, x, row: dict, sampler: str, label: str | None = None) -> Non
     )
 
 
-def forest(study: Path):
-    """Draw every sampler of the main cell: value gap minus online's."""
-    rows = rows_of(study, "main")
+def choices(study: Path):
+    """Draw the choices among 8 candidates; nothing where the cell was not run."""
+    return forest(study, "choices") if rows_of(study, "choices") else None
+
+
+def forest(study: Path, cell: str = "main"):
+    """Draw every sampler of a cell: value gap minus online's."""
+    rows = rows_of(study, cell)
     names = sorted((name for name in rows if name != "online"), key=lambda name: rows[name]["difference"])
     figure, axis = plt.subplots(figsize=(5.4, 3.6))
     for y, name in enumerate(names):
@@ -116,7 +133,7 @@ def rung_rows(study: Path, rung: tuple[str, str], beta: float) -> dict[str, dict
 def where(study: Path):
     """Draw the transformer with Adam over settings."""
     cells = [cell for cell in WHERE if rows_of(study, cell)]
-    figure, axis = plt.subplots(figsize=(1.1 * len(cells) + 1.5, 3.2))
+    figure, axis = plt.subplots(figsize=(0.85 * len(cells) + 1.5, 3.4))
     for i, sampler in enumerate(SHOWN):
         for x, cell in enumerate(cells):
             error_bar(axis, x + 0.13 * (i - 1.5), rows_of(study, cell)[sampler], sampler, None if x else sampler)

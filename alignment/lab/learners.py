@@ -65,15 +65,37 @@ class Transformer:
 
     def __call__(self, parameters: torch.Tensor, rows: torch.Tensor | None = None):
         """Return (logps, nodes), see the top of the file."""
+        nodes = self._next_tokens(self._hidden(parameters), parameters)
+        return response_logps(nodes, self.length), nodes
+
+    def features(self, parameters: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the gradients of all responses' log-probabilities in the head, [B, P, N, V width].
+
+        A token's is (one-hot - probabilities) x hidden state; a response's is their sum along its path.
+        """
+        hidden = self._hidden(parameters)
+        nodes = self._next_tokens(hidden, parameters)
+        residuals = torch.eye(self.vocabulary) - nodes.exp().unsqueeze(-2)  # [B, P, n, V: token, V: row of the head]
+        hidden = hidden.view(*nodes.shape[:3], 1, 1, self.width)
+        steps = (residuals.unsqueeze(-1) * hidden).flatten(-2)  # [B, P, n, V, F]
+        # `response_logps` sums anything along paths: features take the place of runs.
+        runs, size = len(steps), steps.shape[-1]
+        sums = response_logps(steps.movedim(-1, 1).flatten(0, 1), self.length)
+        return sums.unflatten(0, (runs, size)).movedim(1, -1)
+
+    def _hidden(self, parameters: torch.Tensor) -> torch.Tensor:
+        """Return what the head sees, [B, P n, width]."""
         t = self.tensors(parameters)
         x = self._embed(t)
         for layer in range(self.depth):
             names = {name.split(".", 2)[2]: name for name in self.shapes if name.startswith(f"h.{layer}.")}
             x = self._block(x, {short: t[name] for short, name in names.items()})
-        x = _norm(x, t["ln_f.weight"], t["ln_f.bias"])
-        nodes = torch.bmm(x, t["lm_head"].mT).log_softmax(-1)
-        nodes = nodes.view(-1, self.prompts, sum(self.sizes), self.vocabulary)
-        return response_logps(nodes, self.length), nodes
+        return _norm(x, t["ln_f.weight"], t["ln_f.bias"])
+
+    def _next_tokens(self, hidden: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
+        """Return next-token log-probabilities, [B, P, n, V]."""
+        nodes = torch.bmm(hidden, self.tensors(parameters)["lm_head"].mT).log_softmax(-1)
+        return nodes.view(-1, self.prompts, sum(self.sizes), self.vocabulary)
 
     def _embed(self, t: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return embeddings of all nodes, [B, P n, width]: a node's token is the last of its prefix."""
@@ -125,23 +147,32 @@ class Scores:
         self.prompts, self.vocabulary, self.length = setting.prompts, setting.vocabulary, setting.length
         self.ref_logps = ref_logps
         # Features [N, F] of a response, the same for all prompts; None where each response has a score of its own.
-        self.features = structure(self.vocabulary, self.length) if setting.learner == "linear" else None
+        self.features_of = structure(self.vocabulary, self.length) if setting.learner == "linear" else None
 
     def initial(self) -> torch.Tensor:
         """Return zeros [seeds, D]: the reference."""
         seeds, _, size = self.ref_logps.shape
-        per_prompt = size if self.features is None else self.features.shape[1]
+        per_prompt = size if self.features_of is None else self.features_of.shape[1]
         return torch.zeros(seeds, self.prompts * per_prompt)
 
     def __call__(self, parameters: torch.Tensor, rows: torch.Tensor):
         """Return (logps, nodes), see the top of the file."""
         scores = parameters.view(len(parameters), self.prompts, -1)
-        if self.features is not None:
-            scores = scores @ self.features.T
+        if self.features_of is not None:
+            scores = scores @ self.features_of.T
         logps = (self.ref_logps[rows] + scores).log_softmax(-1)
         with torch.no_grad():
             nodes = next_token_logps(logps, self.vocabulary, self.length)
         return logps, nodes
+
+    def features(self, parameters: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Return the gradients of all responses' scores, [B, P, N, D]: a block of the parameters per prompt.
+
+        The gradient of a log-probability is this less its mean under the policy, which differences do not see.
+        """
+        own = torch.eye(self.ref_logps.shape[-1]) if self.features_of is None else self.features_of
+        blocks = torch.einsum("pq,nf->pnqf", torch.eye(self.prompts), own).flatten(2)
+        return blocks.expand(len(parameters), *blocks.shape)
 
 
 def structure(vocabulary: int, length: int) -> torch.Tensor:

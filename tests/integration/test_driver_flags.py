@@ -41,17 +41,27 @@ GIVEN = {
     "GPUS": 8,
     "SAMPLERS": "mixp",
     "ITERS": 2,
+    "SEEDS": 1,
 }
-DRIVERS = ("sample_train_safe_rlhf.sh", "sample_eval_safe_rlhf.sh", "sample_kl.sh", "sample_ablation.sh")
-MORE = ({}, {"TRAINER": "trl", "TRL_LOSS_TYPE": "ipo"}, {"REWARD_FUNCTION": "rules.py:exact"})
+# Driver → what else it is given, one dry run each; the ablation's stages but its last are those of the others.
+MORE = {
+    "sample_train_safe_rlhf.sh": (
+        {},
+        {"TRAINER": "trl", "TRL_LOSS_TYPE": "ipo"},
+        {"REWARD_FUNCTION": "rules.py:exact"},
+    ),
+    "sample_eval_safe_rlhf.sh": ({}, {"REWARD_FUNCTION": "rules.py:exact"}),
+    "sample_kl.sh": ({}, {"SCORE_KL": 1}),
+    "sample_ablation.sh": ({},),
+}
 
 
 @pytest.fixture(scope="module")
 def given() -> dict[str, set[str]]:
     """Script → the flags that the drivers give it."""
     found: dict[str, set[str]] = {}
-    for driver in DRIVERS:
-        for more in MORE:
+    for driver, several in MORE.items():
+        for more in several:
             for _, words in plan(driver, **GIVEN, **more):
                 at = [i for i, word in enumerate(words) if word.startswith(str(ALIGNMENT)) and word.endswith(".py")]
                 if not at:

@@ -3,10 +3,12 @@
 import itertools
 import json
 
+import mixture_loop
 import pytest
 import torch
 from commands import engine_starts, python
 from tiny import CHARACTERS, save_tiny_policy, tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
 from common.journal import Journal, journal_path
 from common.models import load_causal_lm
@@ -149,11 +151,31 @@ def test_command_lines_in_turn_write_what_each_writes_alone(place, tmp_path):
     assert all(a != b for a, b in itertools.combinations(texts, 2))
 
 
-def test_greedy_backends_write_the_same_instances(place, tmp_path):
+def test_three_models_of_unlike_shape_and_width_by_both_back_ends(place, tmp_path):
+    """A row that weighs policy, reference and previous policy; the last gives logits for ids that are no tokens."""
+    previous = AutoModelForCausalLM.from_pretrained(save_tiny_policy(tmp_path / "previous", 2, hidden=96, heads=3))
+    previous.resize_token_embeddings(previous.config.vocab_size + 5)
+    previous.save_pretrained(tmp_path / "previous")
+    models, tokenizer = [place / "policy", place / "reference", tmp_path / "previous"], tiny_tokenizer()
+    weights = [(1.5, -0.25, -0.25), (0.5, 0.25, 0.25)]
+    ids = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    expected = [[mixture_loop.greedy(models, prompt, side, 8) for side in weights] for prompt in ids]
     for backend in ("vllm", "hf"):
-        result = generate(place, tmp_path / f"{backend}.json", "--temperature", 0, backend=backend)
+        output, flags = tmp_path / f"{backend}.json", ("--previous_model_name_or_path", models[2])
+        result = generate(
+            place, output, *flags, "--temperature", 0, backend=backend, sampler=("--sampler", "history-mixp")
+        )
         assert result.returncode == 0, result.stderr
-    assert read_records(tmp_path / "vllm.json")[0] == read_records(tmp_path / "hf.json")[0]
+        instances, settings = read_records(output)
+        assert [i["response_ids"] for i in instances] == expected
+        made = settings["generate"]
+        assert [made[what] for what in ("policy", "reference", "previous")] == list(map(str, models))
+        assert made["sampler"] == [[1.0, *map(list, weights)]]
+        # The same as a table of one's own: the finished file is recognized.
+        pairs = ("--pairs", json.dumps(made["sampler"]))
+        again = generate(place, output, *flags, "--temperature", 0, backend=backend, sampler=pairs)
+        assert again.returncode == 0 and "already complete" in again.stdout
+    one_line_error(generate(place, output, sampler=pairs), "--previous_model_name_or_path")
 
 
 @pytest.mark.parametrize("backend", ["vllm", "hf"])

@@ -15,7 +15,7 @@ SMALL = (
 @pytest.fixture(scope="module")
 def cell(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lab") / "cell"
-    names = ("online", "online-null", "mixp", "best-worst", "xpo-bonus")
+    names = ("online", "online-null", "mixp", "best-worst", "xpo-bonus", "g-hybrid")
     result = python("lab/run_lab.py", "--samplers", *names, *SMALL, "--output_dir", folder)
     assert result.returncode == 0, result.stderr
     return folder, result.stdout
@@ -24,7 +24,7 @@ def cell(tmp_path_factory):
 def test_a_cell_holds_values_of_all_runs_and_a_table(cell):
     folder, printed = cell
     with np.load(folder / "values.npz") as data:
-        assert data["gap"].shape == (5, 2, 4, 10) and data["updates"][-1] == 12
+        assert data["gap"].shape == (6, 2, 4, 10) and data["updates"][-1] == 12
         assert np.isfinite(data["gap"]).all() and (data["gap"] > -1e-9).all() and (data["kl"] > -1e-9).all()
         names = data["samplers"].tolist()
         # Other random numbers, other runs.

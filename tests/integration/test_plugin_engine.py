@@ -1,5 +1,6 @@
 """The mixture engine for one, two and three models against a loop without a cache; models that rest."""
 
+import argparse
 import random
 
 import pytest
@@ -8,8 +9,8 @@ from mixture_loop import WORDS, greedy, next_logits
 from tiny import save_tiny_policy, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from generation.backend_hf import HFGenerator
-from generation.sampling import Request, Sampling
+from bandit.mixtures import MIXTURES
+from generation.sampling import Request, Sampling, load_generator
 
 SHAPES = [
     {"hidden": 128, "layers": 2, "heads": 2},
@@ -45,7 +46,14 @@ def start(models: list[str], **options):
 @pytest.fixture(scope="module")
 def three(models):
     """An engine of all three that may leave models out."""
-    return start(models)
+    return load(models, "vllm")
+
+
+def load(models: list[str], backend: str):
+    """By the pipeline's loader."""
+    flags = {"backend": backend, "dtype": "float32", "max_num_seqs": 4, "trust_remote_code": False}
+    flags |= {"tensor_parallel_size": 1, "gpu_memory_utilization": 0.9, "compile": "eager", "max_new_tokens": 16}
+    return load_generator(argparse.Namespace(**flags), models, 80)
 
 
 def prompts(count: int, seed: int = 0, longest: int = 9) -> list[list[int]]:
@@ -106,14 +114,12 @@ def test_three_models_of_all_kinds_in_one_batch(models, three):
 @pytest.fixture(scope="module")
 def three_by_hf(models):
     """The same three models with transformers."""
-    first, second, third = models
-    return HFGenerator(first, second, "float32", max_num_seqs=5, others=[third])
+    return load(models, "hf")
 
 
 @pytest.mark.parametrize("backend", ["three", "three_by_hf"])
 def test_a_row_of_the_table_with_three_models(models, backend, request):
-    """History against policy and reference: the policy against 1.5 policy - 0.25 previous - 0.25 reference."""
-    sides = [(1.0, 0.0, 0.0), (1.5, -0.25, -0.25)]
+    [(_, *sides)] = MIXTURES["history-mixp"].pairs(0.1)
     tokenized = prompts(6, seed=3)
     wanted = [
         Request(f"{i}.{j}", ids, weights, 0) for i, ids in enumerate(tokenized) for j, weights in enumerate(sides)

@@ -6,7 +6,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 from benchmarks.harness import Row, growth_row, shares, table
-from benchmarks.merge import merged
+from benchmarks.merge import OVERVIEW, merged, reached, sections
 from benchmarks.quickstart import stage_seconds
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -27,11 +27,27 @@ NEW = "# Benchmarks\n\n- CPU: new\n\n## Generation\n\n| new |\n\n\n## Memory\n\n
 
 
 def test_sections_that_were_not_measured_again_stay():
-    both = "# Benchmarks\n\n- CPU: new\n\n## Generation\n\n| new |\n\n## KL\n\nwords\n\n| kept |\n"
-    both += "\n## Memory\n\n| first |\n"
-    assert merged(OLD, NEW) == both
-    assert merged("", OLD) == OLD
-    assert merged(both, NEW) == both
+    both = merged(OLD, NEW)
+    found = sections(both)
+    assert list(found) == ["", OVERVIEW, "Generation", "KL", "Memory"]
+    assert found[""] == "# Benchmarks\n\n- CPU: new"
+    for title, last in {"Generation": "| new |", "KL": "| kept |", "Memory": "| first |"}.items():
+        assert found[title].endswith(last)
+    assert merged("", both) == merged(both, NEW) == both
+
+
+def test_the_overview_holds_what_is_to_be_reached():
+    rows = [
+        Row("a|b", "1 s", "2 s", "2.0", ">= 3", "4 a second", "memory"),
+        Row("c", "1 s", "9 s", "9", "-", "-"),
+        Row("d", "1 s", "9 s", "20%", "<= 25%", "-"),
+    ]
+    text = merged("", f"# Benchmarks\n\n## KL\n\n{table(rows)}\n")
+    assert sections(text)[OVERVIEW].splitlines()[4:] == [
+        "| KL | a\\|b | 2.0 | >= 3: **missed** | 4 a second |",
+        "| KL | d | 20% | <= 25% | - |",
+    ]
+    assert reached("1,000", ">= 999") and not reached("4.5", "<= 4.4")
 
 
 def test_stages_of_a_kind_are_added_up(tmp_path):

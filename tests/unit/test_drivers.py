@@ -7,6 +7,9 @@ import pytest
 from commands import bash, settings
 from plans import fake_nvidia_smi, flag, in_turn, plan, refused, values
 
+from scripts import machine, stages
+from scripts.settings import Settings
+
 SAMPLERS = ("offline", "online", "gshf", "mixp")
 ALL = " ".join(SAMPLERS)
 RECIPE_OF = {
@@ -184,17 +187,15 @@ def test_first_iteration_checkpoint():
     assert flag(commands[0][1], "--model_name_or_path") == "owner/iter-1"
 
 
-PAIRS = [[1, [2, -1], [0, 1]]]
-
-
-def test_a_sampler_of_ones_own(tmp_path):
+@pytest.mark.parametrize("pairs", [[[1, [2, -1], [0, 1]]], [[1, [1.5, -0.5, 0], [0, 0.5, 0.5]]]])
+def test_a_sampler_of_ones_own(tmp_path, pairs):
     """As an argument and in a recipe of one's own; iteration 1 is on-policy whatever `online` is called."""
-    table = json.dumps({"mine": PAIRS, "online": PAIRS})
+    table = json.dumps({"mine": pairs, "online": pairs})
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(f"EXTENDS: safe_rlhf\nPAIRS: {table}\nSAMPLERS: [mine]\n")
     for given in ({"SAMPLERS": "mine", "PAIRS": table}, {"RECIPE": recipe}):
         commands = dict(plan(TRAIN, ITERS=2, **given))
-        assert json.loads(flag(commands["generate 2 mine"], "--pairs")) == PAIRS
+        assert json.loads(flag(commands["generate 2 mine"], "--pairs")) == pairs
         assert "--pairs" not in commands["generate 1 online"]
 
 
@@ -383,11 +384,24 @@ def test_the_ablation_gives_every_seed_the_same_first_iteration():
     for seed in (4, 5):
         train = ["generate 2 online pilaf", "annotate 2 online pilaf", "train 2 online", "train 2 pilaf"]
         evaluate = ["evaluate", "annotate_evaluation", "judge", "summarize"]
-        for stages in (train, ["kl", "summarize"], evaluate):
-            expected += [f"seed {seed}", *stages]
+        for rest in (train, ["kl", "summarize"], evaluate):
+            expected += [f"seed {seed}", *rest]
     assert [stage for stage, _ in lines] == [*expected, "compare_seeds"]
     trainings = [command for stage, command in lines if stage.startswith("train 2")]
     assert all("--model_name_or_path /study/shared/models/rlhflow_iter1 " in command for command in trainings)
     assert ["--seed 4" in command for command in trainings] == [True, True, False, False]
     assert "/study/seed_5/models/rlhflow_iter2_pilaf" in trainings[-1]
     assert "SEEDS" in refused("sample_ablation.sh", SEEDS="1;2")
+
+
+@pytest.mark.parametrize("names", [[".venv"], [".venv", ".venv-rlhflow"], [".venv-rlhflow"]])
+def test_assets_are_unpacked_where_their_packages_are(names, tmp_path, monkeypatch):
+    """The quickstart makes `.venv`, which has them; environments for GPUs, which win elsewhere, do not."""
+    for name in names:
+        python = tmp_path / name / "bin/python"
+        python.parent.mkdir(parents=True)
+        python.touch(0o755)
+    monkeypatch.setattr(machine, "PROJECT", tmp_path)
+    for stage in (stages.unpack, stages.human_labels):
+        [command] = stage(Settings(ASSETS="/assets"))
+        assert command[0] == str(tmp_path / names[0] / "bin/python")

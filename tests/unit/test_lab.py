@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from commands import PROJECT
-from lab import intervals, sampling, train
+from lab import curvature, design, intervals, sampling, train
 from lab.checkpoint import load_checkpoint, save_checkpoint
 from lab.environment import Environment, Setting, exact_values, make_environment
 from lab.learners import Scores, Transformer, structure
@@ -20,7 +20,8 @@ from transformers import GPT2LMHeadModel
 from bandit.mixtures import MIXTURES
 
 SMALL = Setting(prompts=2, vocabulary=3, length=3, width=8, depth=2, heads=2, updates=20, pairs=8)
-CANDIDATES_2 = [name for name in [*MIXTURES, *sampling.LAB_ONLY] if sampling.lab_sampler(name).row.candidates == 2]
+TWO_MODELS = [name for name, row in MIXTURES.items() if not row.third_model]
+CANDIDATES_2 = [name for name in [*TWO_MODELS, *sampling.LAB_ONLY] if sampling.lab_sampler(name).row.candidates == 2]
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +156,7 @@ def test_labels_are_bradley_terrys_with_flips():
         assert share == pytest.approx((1 - noise) * wins + noise * (1 - wins), abs=2e-4)
 
 
-@pytest.mark.parametrize("name", [n for n, row in MIXTURES.items() if row.candidates > 2])
+@pytest.mark.parametrize("name", [n for n in TWO_MODELS if MIXTURES[n].candidates > 2])
 def test_choices_among_candidates_are_the_rows_rule(env, name):
     """Best and worst by the row's scores, found here by sorting."""
     sampler = sampling.lab_sampler(name)
@@ -179,6 +180,57 @@ def test_choices_among_candidates_are_the_rows_rule(env, name):
             rest = values[:-1]
             assert scores[found[0]].item() == pytest.approx(values[-1])
             assert scores[found[1]].item() == pytest.approx(min(rest, key=lambda x: abs(x - target)))
+
+
+@pytest.mark.parametrize("learner", ["table", "linear", "transformer"])
+def test_features_are_gradients_of_log_probabilities(env, learner):
+    """Differences of two responses to one prompt, by autograd; the transformer's in its head, at the end."""
+    model, start = train.make_learner(dataclasses.replace(SMALL, learner=learner), env.reference, env.ref_logps)
+    parameters, rows = start[:1].clone().requires_grad_(), torch.tensor([0])
+    features = model.features(parameters, rows).detach()[0]
+    logps, _ = model(parameters, rows)
+    for prompt, first, second in ((0, 0, 26), (1, 5, 11)):
+        (gradient,) = torch.autograd.grad(
+            logps[0, prompt, first] - logps[0, prompt, second], parameters, retain_graph=True
+        )
+        found = features[prompt, first] - features[prompt, second]
+        torch.testing.assert_close(found, gradient[0, -len(found) :], atol=1e-4, rtol=1e-4)
+
+
+def test_designs_take_the_pair_of_the_largest_gain():
+    """Log det of the information, trace with the Fisher matrix, variance: all pairs tried with numpy."""
+    generator = torch.Generator().manual_seed(0)
+    features, logps = torch.randn(3, 2, 9, 5, generator=generator), random_logps(generator, 3, 2, 9)
+    drawn = torch.randint(0, 9, (3, 6, 4), generator=generator)
+    scores, prompts = torch.randn(3, 6, 4, generator=generator), torch.arange(6) % 2
+    fixed = torch.zeros(3, 6, dtype=torch.bool)
+    fixed[:, 2] = True
+    plan = design.Design(["d", "g", "v"])
+    plan.see(features, logps)
+    chosen = plan.choose(prompts, drawn, scores, fixed)
+    for run, kind in enumerate("dgv"):
+        information, pi = np.eye(5), logps[run].exp().numpy()
+        centred = features[run].numpy() - np.einsum("pn,pnf->pf", pi, features[run].numpy())[:, None]
+        fisher = np.einsum("pn,pnf,png->fg", pi, centred, centred) / 2
+        for m in range(6):
+            tried = []
+            for i, j in itertools.combinations(range(4), 2):
+                d = (features[run, m % 2, drawn[run, m, i]] - features[run, m % 2, drawn[run, m, j]]).numpy()
+                p = special.expit((scores[run, m, i] - scores[run, m, j]).item())
+                new = information + (1 if kind == "g" else p * (1 - p)) * np.outer(d, d)
+                gain = {
+                    "d": np.linalg.slogdet(new)[1],
+                    "g": d @ np.linalg.solve(information, d),
+                    "v": -np.trace(fisher @ np.linalg.inv(new)),
+                }[kind]
+                tried.append((gain, [drawn[run, m, i].item(), drawn[run, m, j].item()], new))
+            best = tried[0] if m == 2 else max(tried, key=lambda t: t[0])
+            assert chosen[run, m].tolist() == best[1]
+            information = best[2]
+
+
+def random_logps(generator, *shape):
+    return torch.randn(*shape, generator=generator).log_softmax(-1)
 
 
 # --- Training ---------------------------------------------------------------------------------------------------
@@ -241,6 +293,31 @@ def test_each_epoch_passes_over_every_pair_once():
     seen = [data.batch(setting, 0, step, 12).chosen[0].tolist() for step in range(12)]
     for epoch in range(3):
         assert sorted(sum(seen[4 * epoch : 4 * epoch + 4], [])) == list(range(16))
+
+
+@pytest.mark.parametrize("name", ["online", "gshf", "theory"])
+def test_the_curvature_is_autograds_hessian_of_the_expected_loss(env, name):
+    """Table and linear at the optimum: the whole Hessian of the loss, summed over pairs and labels."""
+    optimum = (env.ref_logps + env.rewards / SMALL.beta).log_softmax(-1)
+    hessian = curvature.loss_hessian(SMALL, env, optimum, MIXTURES[name], 1)
+    nodes = [next_token_logps(logps[1:2], 3, 3) for logps in (optimum, env.ref_logps)]
+    law = sampling.pair_law(MIXTURES[name], SMALL.beta, *nodes, 3)[0]
+    wins = (env.rewards[1].unsqueeze(-1) - env.rewards[1].unsqueeze(-2)).sigmoid()
+    features = structure(3, 3).double()
+    for learner, matrix in (("table", torch.eye(27).double()), ("linear", features)):
+
+        def loss(theta, matrix=matrix):
+            u = SMALL.beta * (optimum - env.ref_logps)[1] + SMALL.beta * theta.view(2, -1) @ matrix.T
+            h = u.unsqueeze(-1) - u.unsqueeze(-2)
+            log_loss = -wins * torch.nn.functional.logsigmoid(h) - (1 - wins) * torch.nn.functional.logsigmoid(-h)
+            return (law * log_loss).sum() / 2
+
+        whole = torch.autograd.functional.hessian(loss, torch.zeros(2 * matrix.shape[1]).double())
+        expected = torch.linalg.eigvalsh(whole).flip(0).numpy()
+        kernel = curvature.tangent_kernel(SMALL, env, None, learner, 1)
+        found = curvature.eigenvalues(kernel, curvature.root_of(hessian))
+        size = min(len(found), len(expected))
+        np.testing.assert_allclose(found[:size], expected[:size], atol=1e-6 * expected[0])
 
 
 # --- Intervals --------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import save_tiny_policy, save_tiny_reward_model, tiny_tokenizer
+from transformers import BertConfig, T5Config
 from vllm_logit_mixture import MixtureError, engine_options
 from vllm_logit_mixture.check import REFUSED, check_options
 from vllm_logit_mixture.prefix_cache import salted
@@ -245,7 +246,14 @@ def folder(tmp_path_factory):
     config["quantization_config"] = {"quant_method": "fp8"}
     (place / "quantized/config.json").write_text(json.dumps(config))
     (place / "empty").mkdir()
+    for name, config in (("encoder", BertConfig()), ("translator", T5Config())):
+        config.architectures = [f"{config.model_type.capitalize()}ForMaskedLM"]
+        config.save_pretrained(place / name)
+        tiny_tokenizer().save_pretrained(place / name)
     return place
+
+
+WRONG = ["letters", "reward", "encoder", "translator", "quantized", "empty", "nowhere"]
 
 
 def test_models_that_can_be_mixed(folder):
@@ -255,7 +263,7 @@ def test_models_that_can_be_mixed(folder):
     assert options["logits_processors"] == ["vllm_logit_mixture.processor:MixtureOf3"]
 
 
-@pytest.mark.parametrize("wrong", ["letters", "reward", "quantized", "empty", "nowhere"])
+@pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("first", [True, False])
 def test_models_that_cannot_be_mixed(folder, wrong, first):
     names = [f"{folder}/{wrong}", f"{folder}/one"]
@@ -271,3 +279,34 @@ def test_options_that_cannot_be_had(name):
     check_options({name: None})
     with pytest.raises(MixtureError, match=f"^{name}="):
         check_options({name: 2})
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        *((f"{{0}}/one --with {{0}}/{wrong}", wrong) for wrong in WRONG),
+        ("{0}/nowhere", "nowhere"),
+        ("{0}/one {0}/two", "two"),
+        ("{0}/one --model {0}/two", "two"),
+        ("", "POLICY"),
+        ("{0}/one --with", "--with"),
+        ("{0}/one --wiht {0}/two", "--wiht"),
+        ("{0}/one --port x", "--port"),
+        ("{0}/one --with {0}/two --max-model-len 9999", "--max-model-len 9999"),
+        ("{0}/one --with {0}/two --pipeline-parallel-size 2", "pipeline_parallel_size"),
+        ("{0}/one --with {0}/two --enable-lora", "enable_lora"),
+        ("{0}/one --with {0}/two --quantization fp8", "quantization"),
+        (
+            '{0}/one --with {0}/two --speculative-config {{"method":"ngram","num_speculative_tokens":2}}',
+            "speculative_config",
+        ),
+    ],
+)
+def test_wrong_command_lines_of_the_server_are_one_line(folder, words, part, monkeypatch, capsys):
+    from vllm_logit_mixture import serve
+
+    monkeypatch.setattr(serve, "set_defaults", lambda *args, **options: None)  # this process's environment stays
+    with pytest.raises(SystemExit) as end:
+        serve.main(words.format(folder).split())
+    [line] = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and part in line

@@ -24,6 +24,7 @@ from generation.sampling import (
     models_needed,
     pairs_from_json,
     sampler_by_name,
+    sampler_from_json,
     stream_seed,
 )
 
@@ -38,6 +39,7 @@ PUBLISHED = {
     "simplemix": [[0.5, [1, 0], [1, 0]], [0.5, [0, 1], [0, 1]]],
     "xpo": [[1.0, [1, 0], [0, 1]]],
     "history": [[1.0, [1, 0], [0, 1]]],
+    "history-mixp": [[1.0, [1.5, -0.25, -0.25], [0.5, 0.25, 0.25]]],
     "best-worst": [[1.0, [1, 0], [1, 0]]],
     "implicit-best-worst": [[1.0, [1, 0], [1, 0]]],
     "random-pairs": [[1.0, [1, 0], [1, 0]]],
@@ -105,6 +107,10 @@ def test_json_round_trip():
         "1",
         "[[1,[1,0]]]",
         "[[1,[1,0],[1]]]",
+        "[[1,[1,0],[1,0,0]]]",
+        "[[1,[1],[1]]]",
+        "[[1,[1,0,0,0],[1,0,0,0]]]",
+        "[[1,1,[1,0]]]",
         "[[0.5,[1,0],[1,0]]]",
         "[[-1,[1,0],[1,0]],[2,[1,0],[1,0]]]",
         "[[1,[NaN,0],[1,0]]]",
@@ -126,6 +132,15 @@ def test_models_needed():
     assert models_needed(pairs_of("offline")) == (False, True)
     assert models_needed(pairs_of("gshf")) == (True, True)
     assert models_needed(pairs_from_json("[[1,[2,0],[1,0]]]")) == (True, True)
+    assert models_needed(pairs_from_json("[[1,[2,0],[2,0]]]")) == (True, True)
+    assert models_needed(pairs_of("history-mixp")) == (True, True, True)
+    assert models_needed(pairs_from_json("[[1,[0,0,1],[0,0,1]]]")) == (False, False, True)
+
+
+def test_a_third_weight_is_that_of_the_policy_of_the_iteration_before():
+    row = sampler_from_json("[[1,[1,-1,1],[0.5,0.25,0.25]]]")
+    assert row.models == sampler_by_name("history-mixp").models == ("policy", "reference", "previous")
+    assert sampler_from_json("[[1,[1,0],[0.5,0.5]]]").models == ("policy", "reference")
 
 
 @pytest.mark.parametrize("count", [2, 4, 8])
@@ -177,12 +192,11 @@ def test_the_bandit_has_the_same_sampler(name):
     bandit = make_bandit(rng.standard_normal(3), beta, np.log(rng.dirichlet(np.ones(3))))
     u, before = rng.standard_normal((2, 1, 3))
     weights, _ = get_sampler(name).weights(u, bandit, before)
-    log_pi = bandit.log_policy(u)[0]
-    log_second = {"reference": bandit.log_ref, "previous": bandit.log_policy(before)}[row.second_model][0]
+    logs = {"policy": bandit.log_policy(u), "reference": bandit.log_ref, "previous": bandit.log_policy(before)}
     scores = u[0] if row.choose == "implicit_max_min" else bandit.rewards[0]
     expected = np.zeros((3, 3))
     for probability, *arms in row.pairs(beta):
-        sides = [np.exp(w * log_pi + v * log_second) for w, v in arms]
+        sides = [np.exp(sum(w * logs[model][0] for model, w in zip(row.models, arm, strict=True))) for arm in arms]
         expected += probability * chosen_pairs(row, [side / side.sum() for side in sides], scores)
     np.testing.assert_allclose(weights[0] / weights[0].sum(), (expected + expected.T) / 2, atol=1e-12)
 

@@ -1,5 +1,6 @@
 """Which models can be mixed: refused before any weight is read, in one line that names the model."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from vllm_logit_mixture import MixtureError
@@ -35,10 +36,7 @@ def check_models(models: list[str], trust_remote_code: bool = False) -> list:
         tokenizers = {name: _tokenizer(name, trust_remote_code) for name in models}
         for name in models[1:]:
             check_same_tokens(tokenizers[models[0]], tokenizers[name], models[0], name)
-        for name, config in zip(models, configs, strict=True):
-            width, needed = config.get_text_config().vocab_size, max(tokenizers[name].get_vocab().values()) + 1
-            if width < needed:
-                raise MixtureError(f"{name}: gives logits for {width} ids, its tokenizer has {needed}")
+        check_widths({name: (config, tokenizers[name]) for name, config in zip(models, configs, strict=True)})
     return configs
 
 
@@ -52,6 +50,17 @@ def check_same_tokens(first, second, first_name: str, second_name: str) -> None:
         f"{first_name} and {second_name} have different vocabularies ({len(one)} and {len(other)} tokens): "
         f"token {token!r} is {one.get(token)} in one and {other.get(token)} in the other"
     )
+
+
+def check_widths(models: Mapping[str, tuple]) -> None:
+    """Raise `MixtureError` for a model with fewer logits than its tokenizer has ids; name → configuration, tokenizer.
+
+    Wider ones are no obstacle: ids that only some models know belong to no token.
+    """
+    for name, (config, tokenizer) in models.items():
+        width, needed = config.get_text_config().vocab_size, max(tokenizer.get_vocab().values()) + 1
+        if width < needed:
+            raise MixtureError(f"{name}: gives logits for {width} ids, its tokenizer has {needed}")
 
 
 def _config(name: str, trust_remote_code: bool):

@@ -10,6 +10,7 @@ A request without weights gets POLICY alone. With them, one per model in the ord
 import argparse
 import functools
 import sys
+from typing import NoReturn
 
 from vllm_logit_mixture import MixtureError, engine_options
 from vllm_logit_mixture.check import check_options, room
@@ -27,7 +28,13 @@ def parser() -> argparse.ArgumentParser:
     flags.formatter_class = argparse.RawDescriptionHelpFormatter
     flags.add_argument("policy", metavar="POLICY", help="the first model: folder or hub name")
     flags.add_argument("--with", dest="others", metavar="MODEL", action="append", default=[], help="one more model")
+    flags.error = refuse
     return flags
+
+
+def refuse(message: str) -> NoReturn:
+    """Raise `MixtureError`: what argparse finds wrong, without the usage of vLLM's hundreds of flags."""
+    raise MixtureError(message)
 
 
 def server_arguments(argv: list[str], on_gpu: bool) -> argparse.Namespace:
@@ -40,7 +47,11 @@ def server_arguments(argv: list[str], on_gpu: bool) -> argparse.Namespace:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     own, rest = parser().parse_known_args(argv)
-    args = make_arg_parser(FlexibleArgumentParser("vllm_logit_mixture.serve")).parse_args(rest)
+    vllm_flags = make_arg_parser(FlexibleArgumentParser("vllm_logit_mixture.serve"))
+    vllm_flags.error = refuse
+    args = vllm_flags.parse_args(rest)
+    if args.model_tag or args.model != vllm_flags.get_default("model"):
+        raise MixtureError(f"{args.model_tag or args.model}: give the first model first, each other one with --with")
     check_options(vars(args))
     models = [own.policy, *own.others]
     options = engine_options(models, args.trust_remote_code)
@@ -49,6 +60,8 @@ def server_arguments(argv: list[str], on_gpu: bool) -> argparse.Namespace:
     args.logits_processors = [*(args.logits_processors or []), *options["logits_processors"]]
     if args.max_model_len is None:
         args.max_model_len = room(models, args.trust_remote_code)
+    elif (most := room(models[1:], args.trust_remote_code)) is not None and args.max_model_len > most:
+        raise MixtureError(f"--max-model-len {args.max_model_len}: one of the other models reads {most} tokens")
     if not on_gpu:
         for name, value in CPU_DEFAULTS.items():
             setattr(args, name, getattr(args, name) or value)

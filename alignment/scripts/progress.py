@@ -1,0 +1,158 @@
+"""How far a run is, and how long it takes on this machine.
+
+    python alignment/scripts/progress.py SAMPLERS="online mixp" ITERS=2
+
+Reads   settings as the drivers take them; measures, for a second, how fast this machine multiplies matrices.
+Writes  one line with the minutes that the quickstart will take; RUN_DIR/machine_speed.txt, which later lines use.
+"""
+
+import contextlib
+import re
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+ALIGNMENT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ALIGNMENT.parent), str(ALIGNMENT)]
+
+from bandit.mixtures import get_mixture
+from common.cli import run
+from scripts.settings import Settings, show
+
+# The reference machine: an AMD EPYC with 2 cores that multiplies bfloat16 itself. Operations per second in products
+# of 2048 x 2048 matrices (benchmarks/results/amd-epyc-2-cores.md), and
+REFERENCE_SPEED = {"bfloat16": 405e9, "float32": 180e9}
+# the quickstart's seconds on it: to start a stage, and per unit of its work.
+SECONDS = {
+    "unpack": (20, 0),
+    "reward_model": (40, 0),
+    "judge_model": (40, 0),
+    "generate": (14, 0.0037),
+    "annotate": (5, 0.018),
+    "train": (20, 0.36),
+    "evaluate": (8, 0.0026),
+    "annotate_evaluation": (5, 0.018),
+    "judge": (5, 0.018),
+    "kl": (15, 0.005),
+    "summarize": (3, 0),
+}
+
+
+def plan(s: Settings) -> list[str]:
+    """Return the stages of a whole run in order, as the drivers name them: assets, training, evaluation, KL."""
+    samplers = " ".join(s.SAMPLERS)
+    found = in_driver("scripts/quickstart_assets.sh") if s.RECIPE == "quickstart" else []
+    for n in range(1, 0 if s.MODELS else s.ITERS + 1):
+        own = ["online"] if n == 1 else s.SAMPLERS
+        found += [f"{stage} {n} {samplers if n > 1 else 'online'}" for stage in ("generate", "annotate")]
+        found += [f"train {n} {sampler}" for sampler in own]
+    return found + in_driver("sample_eval_safe_rlhf.sh") + in_driver("sample_kl.sh")
+
+
+def in_driver(file: str) -> list[str]:
+    """Return the stages of a driver that has no loop."""
+    return re.findall(r"^stage (\w+)", (ALIGNMENT / file).read_text(), re.MULTILINE)
+
+
+def units(s: Settings, stage: str) -> float:
+    """Return the size of a stage's work: tokens to sample, responses to score, pairs to train on."""
+    kind, *rest = stage.split()
+    models = len(s.MODELS) + 1 if s.MODELS else 2 + (s.ITERS - 1) * len(s.SAMPLERS)
+    prompts = s.TRAIN_END - s.TRAIN_START
+    responses = sum(s.K or (2 if name in s.PAIRS else get_mixture(name).candidates) for name in rest[1:]) * prompts
+    answers = models * s.EVAL_K * (s.TEST_END - s.TEST_START + s.EVAL_TRAIN_END - s.TRAIN_START)
+    return {
+        "generate": responses * s.MAX_NEW_TOKENS,
+        "annotate": responses,
+        "train": prompts * s.EPOCHS,
+        "evaluate": answers * s.MAX_NEW_TOKENS,
+        "annotate_evaluation": answers,
+        "judge": answers,
+        "kl": (models - 1) * s.KL_PROMPTS * s.MAX_NEW_TOKENS,
+    }.get(kind, 0)
+
+
+def expected(s: Settings, stage: str) -> float:
+    """Return the seconds that a stage takes on the reference machine."""
+    to_start, per_unit = SECONDS.get(stage.split()[0], (0, 0))
+    twice = 2 if stage.startswith("train ") and s.BF16 != "True" else 1
+    return to_start + twice * per_unit * units(s, stage)
+
+
+def speed_file(s: Settings) -> Path:
+    """Return the file that holds what `machine_speed` found."""
+    return Path(s.RUN_DIR, "machine_speed.txt")
+
+
+def spent(s: Settings) -> dict[str, float]:
+    """Return stage -> seconds, over all starts of the run, of the stages that ended."""
+    took = defaultdict(float)
+    with contextlib.suppress(OSError, ValueError):
+        for row in Path(s.RUN_DIR, "stage_seconds.tsv").read_text().splitlines():
+            stage, seconds = row.split("\t")
+            took[stage] += float(seconds)
+    return took
+
+
+def minutes(s: Settings, stages: list[str], index: int) -> tuple[float, float]:
+    """Return the minutes that the run had taken before its stage `index`, and about how many it takes in all."""
+    took, slower = spent(s), 1.0
+    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+        slower = 1 / float(speed_file(s).read_text())
+    # What the stages before took is the better guide, once there are minutes of it.
+    done = {stage for stage in stages[:index] if stage in took}
+    weight = 300
+    slower = (sum(took[stage] for stage in done) + slower * weight) / (
+        sum(expected(s, stage) for stage in done) + weight
+    )
+    before = sum(took[stage] for stage in set(stages) & took.keys())
+    left = sum(expected(s, stage) for stage in stages if stage not in took)
+    return before / 60, (before + slower * left) / 60
+
+
+def line(s: Settings, stage: str) -> str | None:
+    """Return where a stage is in the whole run, as "[7/27] train 1 online, 9 of about 25 minutes"."""
+    stages, took = plan(s), spent(s)
+    places = [i for i, name in enumerate(stages) if name == stage]
+    if not places:
+        return None
+    # A stage that comes twice (summarize): the last place that the run has come to.
+    index = next((i for i in reversed(places) if i and stages[i - 1] in took), places[0])
+    before, whole = minutes(s, stages, index)
+    about = f"{before:.0f} minutes so far" if s.GPUS else f"{before:.0f} of about {whole:.0f} minutes"
+    return f"[{index + 1}/{len(stages)}] {stage}, {about}"
+
+
+def machine_speed(dtype: str, seconds: float = 1.0) -> float:
+    """Return how many times the reference machine's speed this one has: products of matrices, on all cores."""
+    import torch
+
+    size = 2048
+    a = torch.ones(size, size, dtype=getattr(torch, dtype))
+    a @ a  # the first product sets things up
+    began, count = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        a @ a
+        count += 1
+    return 2 * size**3 * count / (time.perf_counter() - began) / REFERENCE_SPEED[dtype]
+
+
+def main() -> None:
+    from scripts.resolve import resolve
+
+    s = resolve(["RECIPE=quickstart", *sys.argv[1:]])
+    dtype = "bfloat16" if s.BF16 == "True" else "float32"
+    speed = machine_speed(dtype)
+    Path(s.RUN_DIR).mkdir(parents=True, exist_ok=True)
+    speed_file(s).write_text(f"{speed:.2f}\n")
+    before, whole = minutes(s, plan(s), 0)
+    so_far = f", of which {before:.0f} are done" if before >= 1 else ""
+    print(
+        f"quickstart: about {whole:.0f} minutes after set-up{so_far}, for SAMPLERS={show(s.SAMPLERS)!r} "
+        f"ITERS={s.ITERS}; this machine multiplies {dtype} at {speed:.1f} times the reference machine's speed"
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,74 @@
+"""Where a run is: every stage that the drivers start has its place in the whole, and the minutes add up."""
+
+import re
+
+import pytest
+from plans import plan
+
+from scripts import progress
+from scripts.resolve import resolve
+
+QUICKSTART = [
+    "scripts/quickstart_assets.sh",
+    "sample_train_safe_rlhf.sh",
+    "sample_eval_safe_rlhf.sh",
+    "sample_kl.sh",
+]
+
+
+def numbers(line: str) -> list[int]:
+    """Return place, stages, minutes so far and minutes in all of a line."""
+    return [int(n) for n in re.fullmatch(r"\[(\d+)/(\d+)\] .+, (\d+) of about (\d+) minutes", line).groups()]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"SAMPLERS": "online mixp", "ITERS": 2, "SCORE_KL": True},
+        {"SAMPLERS": "gshf", "ITERS": 3, "SCORE_KL": True},
+        {"ITERS": 1, "SCORE_KL": True},
+    ],
+)
+def test_the_plan_is_what_the_drivers_run(given, tmp_path):
+    given = given | {"RECIPE": "quickstart", "RUN_DIR": tmp_path}
+    started = [stage for driver in QUICKSTART for stage, _ in plan(driver, **given)]
+    s = resolve([f"{name}={value}" for name, value in given.items()])
+    assert progress.plan(s) == started
+
+
+def test_minutes_and_place_through_a_run(tmp_path):
+    s = resolve(["RECIPE=quickstart", "SAMPLERS=online mixp", "ITERS=2", f"RUN_DIR={tmp_path}", "BF16=True"])
+    stages = progress.plan(s)
+    assert progress.line(s, "compare_seeds") is None  # belongs to no single run
+    places, expected = [], round(sum(progress.expected(s, stage) for stage in stages) / 60)
+    for stage in stages:  # twice as long as the reference machine
+        place, count, before, whole = numbers(progress.line(s, stage))
+        assert count == len(stages) and before <= whole and expected <= whole <= 2 * expected + 1
+        places.append(place)
+        with open(tmp_path / "stage_seconds.tsv", "a") as file:
+            file.write(f"{stage}\t{2 * progress.expected(s, stage)}\n")
+    assert places == list(range(1, len(stages) + 1))
+    # Started again: nothing is left, and what is done takes a second each.
+    _, _, before, whole = numbers(progress.line(s, stages[0]))
+    assert before == whole == pytest.approx(2 * expected, abs=1)
+
+
+def test_a_machine_of_half_the_speed_takes_twice_as_long(tmp_path):
+    s = resolve(["RECIPE=quickstart", f"RUN_DIR={tmp_path}", "BF16=True"])
+    stages = progress.plan(s)
+    _, whole = progress.minutes(s, stages, 0)
+    progress.speed_file(s).write_text("0.5\n")
+    assert progress.minutes(s, stages, 0)[1] == pytest.approx(2 * whole)
+    progress.speed_file(s).write_text("")  # torn
+    assert progress.minutes(s, stages, 0)[1] == whole
+
+
+@pytest.mark.parametrize("dtype", progress.REFERENCE_SPEED)
+def test_speed_is_measured(dtype):
+    assert progress.machine_speed(dtype, seconds=0.01) > 0
+
+
+def test_every_recipe_has_lines(tmp_path):
+    for recipe in ("safe_rlhf", "iterative_prompt", "published", "ablation"):
+        s = resolve([f"RECIPE={recipe}", f"RUN_DIR={tmp_path}", "DRY_RUN=1"])
+        assert all(progress.line(s, stage) for stage in progress.plan(s))
