@@ -11,7 +11,7 @@ SHARED=$RUN_DIR/shared
 # Where ITER1_MODEL is given, it is what all start from, and nothing is trained here.
 bash "$HERE/sample_train_safe_rlhf.sh" RECIPE=ablation "$@" ITERS=1 RUN_DIR="$SHARED"
 for seed in $SEEDS; do
-    for driver in train_safe_rlhf kl eval_safe_rlhf; do
+    for driver in train_safe_rlhf eval_safe_rlhf kl; do
         echo "[seed $seed] sample_$driver.sh"
         bash "$HERE/sample_$driver.sh" RECIPE=ablation ITER1_MODEL="$SHARED/models/rlhflow_iter1" "$@" \
             SEED="$seed" RUN_DIR="$RUN_DIR/seed_$seed"

@@ -330,7 +330,7 @@ def kl_responses(s: Settings) -> Commands:
     if not s.SCORE_KL:
         return []
     if kl_part(s) == "test_prompts":
-        return evaluate(s)
+        return [] if all(file.exists() for file in evaluated(s, None)) else evaluate(s)
     sampling = kl_prompts(s) | {"K": 1, "temperature": s.KL_TEMPERATURE}
     lines = {
         which: sampling | {"output_file": names.evaluation(s.RUN_DIR, "kl_prompts", *which)}
@@ -344,7 +344,7 @@ def annotate_kl(s: Settings) -> Commands:
     if not s.SCORE_KL:
         return []
     if kl_part(s) == "test_prompts":
-        return annotate_evaluation(s)
+        return [] if all(file.exists() for file in evaluated(s, "rewards")) else annotate_evaluation(s)
     files = [
         [names.evaluation(s.RUN_DIR, "kl_prompts", *which, scored) for which in trained(s, 0)]
         for scored in (None, "rewards")

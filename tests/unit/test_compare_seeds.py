@@ -11,6 +11,7 @@ from common.cli import UserError
 from evaluation.compare_seeds import band, check_same_settings, comparisons, curves, verdict
 from evaluation.run_files import BASE, FIRST, KL, TEST, Model, all_models, read_run
 from evaluation.stats import crossed_effect, holm
+from evaluation.tables import value_of
 
 SAMPLERS = ["online", "mixp"]
 ONLINE, MIXP = Model("online", 2), Model("mixp", 2)
@@ -84,6 +85,18 @@ def test_value_over_seeds(run_dir):
     assert effect.value == pytest.approx(paired.mean())
 
 
+def test_responses_to_test_prompts_serve_reward_and_kl(tmp_path):
+    for model, more in {BASE: -1.0, ONLINE: 0.0, MIXP: 1.0}.items():
+        write_answers(tmp_path, model, [1.0 + more, 2.0 + more], sha=model.label)
+    write_kl(tmp_path, ONLINE, [1.0, 2.0], sha="online")
+    write_kl(tmp_path, MIXP, [3.0, 4.0], sha="mixp")
+    run = read_run(tmp_path, [BASE, ONLINE, MIXP])
+    assert value_of(run, BASE, 0.1).tolist() == [0.0, 1.0]
+    assert value_of(run, MIXP, 0.1).tolist() == pytest.approx([1.7, 2.6])
+    write_kl(tmp_path, MIXP, [3.0, 4.0], sha="other responses")
+    assert value_of(read_run(tmp_path, [BASE, ONLINE, MIXP]), MIXP, 0.1) is None
+
+
 def test_equal_kl_takes_the_kl_out_of_a_difference(tmp_path):
     rng = np.random.default_rng(0)
     for seed in range(1, 7):
@@ -140,5 +153,7 @@ def test_the_script_writes_table_figure_and_page(run_dir):
     assert float(rows[1][heading.index("KL from base")].split()[0]) == pytest.approx((5 * 6 * 7) ** (1 / 3), abs=0.01)
     for name in ("seeds.md", "report.html", "reward_vs_kl_over_seeds.png", "reward_vs_kl_over_seeds.pdf"):
         assert (run_dir / "results" / name).stat().st_size > 500
+    alone = python("evaluation/compare_seeds.py", *words, 1)
+    assert alone.returncode == 0 and "missing" not in (run_dir / "results/seeds.md").read_text()
     refused = python("evaluation/compare_seeds.py", *words, 9)
     assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1 and "seed_9" in refused.stderr

@@ -172,6 +172,22 @@ def test_reward_and_kl_of_the_same_responses():
     assert flag(commands["summarize"], "--margin_scale") == "4"
 
 
+def test_where_temperatures_agree_reward_and_kl_share_their_responses(tmp_path):
+    given = {"RUN_DIR": tmp_path, "GPUS": 1, "SCORE_KL": True, "KL_TEMPERATURE": 0.1}
+    commands = dict(plan("sample_kl.sh", **given))
+    files = [file for line in in_turn(commands["kl_responses"]) for file in values(line, "--output_file")]
+    assert len(files) == 20 and {Path(file).parent.name for file in files} == {"test_prompts", "train_prompts"}
+    measured = [flag(line, "--responses") for line in in_turn(commands["kl"])]
+    assert measured == [file for file in files if "test_prompts" in file][1:]
+    for file in map(Path, files):  # what the evaluation has written is not made again
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        file.with_name(f"{file.stem}_rewards.json").touch()
+    assert [stage for stage, _ in plan("sample_kl.sh", **given)] == ["kl", "summarize"]
+    several = dict(plan("sample_kl.sh", **given, EVAL_K=2))
+    assert "kl_prompts" in flag(in_turn(several["kl"])[0], "--responses")
+
+
 def test_kl_is_measured_on_200_held_out_prompts():
     measured = in_turn(dict(plan("sample_kl.sh", RUN_DIR="/run", GPUS=1))["kl"])
     assert len(measured) == 9
@@ -384,7 +400,8 @@ def test_the_ablation_gives_every_seed_the_same_first_iteration():
     for seed in (4, 5):
         train = ["generate 2 online pilaf", "annotate 2 online pilaf", "train 2 online", "train 2 pilaf"]
         evaluate = ["evaluate", "annotate_evaluation", "judge", "summarize"]
-        for rest in (train, ["kl", "summarize"], evaluate):
+        kl = ["kl_responses", "annotate_kl", "kl", "summarize"]  # nothing is there yet that would serve both
+        for rest in (train, evaluate, kl):
             expected += [f"seed {seed}", *rest]
     assert [stage for stage, _ in lines] == [*expected, "compare_seeds"]
     trainings = [command for stage, command in lines if stage.startswith("train 2")]
