@@ -184,7 +184,7 @@ def test_where_temperatures_agree_reward_and_kl_share_their_responses(tmp_path):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
         file.with_name(f"{file.stem}_rewards.json").touch()
-    assert [stage for stage, _ in plan("sample_kl.sh", **given)] == ["kl", "summarize"]
+    assert [stage for stage, _ in plan("sample_kl.sh", **given, SEED=7)] == ["kl", "summarize"]
     several = dict(plan("sample_kl.sh", **given, EVAL_K=2))
     assert "kl_prompts" in flag(in_turn(several["kl"])[0], "--responses")
 
