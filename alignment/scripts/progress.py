@@ -61,7 +61,9 @@ def units(s: Settings, stage: str) -> float:
     models = len(s.MODELS) + 1 if s.MODELS else 2 + (s.ITERS - 1) * len(s.SAMPLERS)
     prompts = s.TRAIN_END - s.TRAIN_START
     responses = sum(s.K or (2 if name in s.PAIRS else get_mixture(name).candidates) for name in rest[1:]) * prompts
-    answers = models * s.EVAL_K * (s.TEST_END - s.TEST_START + s.EVAL_TRAIN_END - s.TRAIN_START)
+    tests = s.TEST_END - s.TEST_START
+    of_evaluation = s.SCORE_KL and (s.KL_TEMPERATURE or s.TEMPERATURE) == s.EVAL_TEMPERATURE
+    answers = models * s.EVAL_K * (tests + s.EVAL_TRAIN_END - s.TRAIN_START)
     return {
         "generate": responses * s.MAX_NEW_TOKENS,
         "annotate": responses,
@@ -69,7 +71,7 @@ def units(s: Settings, stage: str) -> float:
         "evaluate": answers * s.MAX_NEW_TOKENS,
         "annotate_evaluation": answers,
         "judge": answers,
-        "kl": (models - 1) * s.KL_PROMPTS * s.MAX_NEW_TOKENS,
+        "kl": (models - 1) * (tests if of_evaluation else s.KL_PROMPTS) * s.MAX_NEW_TOKENS,
     }.get(kind, 0)
 
 
