@@ -30,6 +30,7 @@ from common.cli import Parser, UserError, checked, command_lines, natural, posit
 from common.journal import Journal, is_done, journal
 from common.models import (
     check_same_vocabulary,
+    choose_dtype,
     context_length,
     default_device,
     device_map,
@@ -51,7 +52,6 @@ from generation.sampling import (
     Sampling,
     add_engine_flags,
     check_temperature,
-    choose_dtype,
     longest_prompt,
     pairs_from_json,
 )
