@@ -49,6 +49,7 @@ def whole_model(name: str, what: str, trust_remote_code: bool = False) -> str:
     return str(merged)
 
 
+@functools.cache  # one look at the hub per process
 def hub_folder(name: str, what: str) -> Path | None:
     """Return the cached folder of an adapter on the hub; None if the name is not known to be one.
 

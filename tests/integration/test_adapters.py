@@ -116,6 +116,7 @@ def test_adapter_and_base_may_be_hub_names(models, tmp_path, monkeypatch):
     whole = LlamaForCausalLM.from_pretrained(whole_model("owner/adapter", "policy"), dtype=torch.float32)
     assert torch.allclose(logits(whole), wanted, atol=1e-4)
     (snapshot / "adapter_model.safetensors").unlink()
+    adapters.hub_folder.cache_clear()
     with pytest.raises(UserError, match="owner/adapter") as raised:
         whole_model("owner/adapter", "policy")
     assert "\n" not in str(raised.value)
