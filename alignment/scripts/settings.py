@@ -259,7 +259,9 @@ class Settings:
     ACCELERATE_CONFIG: str = setting(
         "zero3", NAMES._replace(read=lambda text: _names(text)[0]), "a file of alignment/configs, for GPUs"
     )
-    ATTENTION: str = setting(None, TEXT, "attention of transformers; not set: sdpa")
+    ATTENTION: str = setting(
+        None, TEXT, "attention of transformers; not set: sdpa; flash_attention_2 does not share prefixes"
+    )
     GRADIENT_CHECKPOINTING: bool = setting(True, FLAG, "less memory, a third more arithmetic")
     USE_LORA: bool = setting(False, FLAG, "train small adapters; the saved model has them merged in")
     LORA_R: int = setting(None, COUNT, "rank of the adapters; not set: the script's default")
