@@ -63,7 +63,11 @@ def parser() -> Parser:
         "most tokens, padding included, in one batch; without it 16384 where this machine has a GPU, else 2048",
         type=positive_int,
     )
-    flags.add("--dtype", "float32 or bfloat16; without it bfloat16 on a GPU", choices=("float32", "bfloat16"))
+    flags.add(
+        "--dtype",
+        "of the model (default: bfloat16 on a GPU for weights stored in 16 bits, else float32)",
+        choices=("float32", "bfloat16"),
+    )
     scale_out.add_flag(flags)
     flags.add("--trust_remote_code", "run Python code that the model brings along", action="store_true")
     return flags

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from annotate_data.texts import check_template, instance_texts
 from common import scale_out
-from common.models import default_dtype
+from common.models import choose_dtype
 from common.provenance import model_inputs
 from common.records import writing
 
@@ -30,7 +30,7 @@ class ModelRewards:
             "reward_template": args.reward_template,
             "reward_column": args.reward_column,
             "max_length": args.max_length,
-            "dtype": args.dtype or default_dtype(),
+            "dtype": choose_dtype(args, [self.name], "scoring", "reward model"),
         }
         self.reading = {
             "max_length": args.max_length,

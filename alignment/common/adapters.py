@@ -28,17 +28,17 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def whole_model(name: str, what: str, trust_remote_code: bool = False) -> str:
-    """Return the name of a model with whole weights: a merged copy of an adapter's folder, anything else unchanged.
+    """Return the name of a model with whole weights: a merged copy of an adapter, anything else unchanged.
 
     Args:
         name: a folder or a hub name.
         what: what the model is to the stage, for error messages.
 
     Raises:
-        UserError: the folder is ambiguous, or its adapter cannot be merged.
+        UserError: the folder is ambiguous, or its adapter cannot be fetched or merged.
     """
-    folder = Path(name)
-    if not (folder / CONFIG).is_file():
+    folder = Path(name) if Path(name).exists() else hub_folder(name, what)
+    if folder is None or not (folder / CONFIG).is_file():
         return name
     base = base_of(folder, what, trust_remote_code)
     merged = cache() / content_key(folder, base, (_stamps(folder), _stamps(Path(base))))
@@ -47,6 +47,29 @@ def whole_model(name: str, what: str, trust_remote_code: bool = False) -> str:
             if not merged.is_dir():
                 _merge_into(merged, base, folder, what, trust_remote_code)
     return str(merged)
+
+
+@functools.cache  # one look at the hub per process
+def hub_folder(name: str, what: str) -> Path | None:
+    """Return the cached folder of an adapter on the hub; None if the name is not known to be one.
+
+    Raises:
+        UserError: it is an adapter, and one of its files can neither be fetched nor is in the cache.
+    """
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        hf_hub_download(name, CONFIG)
+    except (OSError, HFValidationError, HfHubHTTPError):  # no adapter, or no such model: the loader says which
+        return None
+    try:
+        hf_hub_download(name, WEIGHTS)
+        return Path(
+            snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+        )
+    except (OSError, HfHubHTTPError) as error:
+        raise UserError(f"{what} {name}: an adapter without {WEIGHTS} ({first_line(error)})") from None
 
 
 @functools.cache

@@ -5,7 +5,7 @@ import gc
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from common.adapters import whole_model
@@ -184,11 +184,31 @@ def default_dtype() -> str:
     return "bfloat16" if default_device() == "cuda" else "float32"
 
 
-def stored_dtype(name: str, trust_remote_code: bool = False) -> str:
+def choose_dtype(args, models: Iterable[str | None], doing: str = "sampling", what: str = "model") -> str:
+    """Return the type to compute in: the flag's, else the machine's, but never less than what the weights hold.
+
+    Weights that were trained in float32 differ from where they began by less than bfloat16 can hold.
+
+    Args:
+        args: has `dtype` and `trust_remote_code`.
+        doing, what: what is computed and what the models are, for messages.
+    """
+    if args.dtype:
+        return args.dtype
+    dtype = default_dtype()
+    for name in filter(None, models):
+        if dtype == "bfloat16" and stored_dtype(name, args.trust_remote_code, what) == "float32":
+            print(f"{doing} in float32: the weights of {name} are (--dtype bfloat16 rounds them, and is faster)")
+            return "float32"
+    return dtype
+
+
+def stored_dtype(name: str, trust_remote_code: bool = False, what: str = "model") -> str:
     """Return the type in which most of a model's weights are stored: `float32`, `bfloat16`, ..."""
-    name = whole_model(name, "model", trust_remote_code)
+    name = whole_model(name, what, trust_remote_code)
+    check_model(name, what)
     if not Path(name).is_dir():
-        return str(load_config(name, "model", trust_remote_code).dtype).removeprefix("torch.")
+        return str(load_config(name, what, trust_remote_code).dtype).removeprefix("torch.")
     sizes = Counter()
     for entry in stored_weights(name).values():
         sizes[entry["dtype"]] += entry["data_offsets"][1] - entry["data_offsets"][0]

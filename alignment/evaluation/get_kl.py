@@ -30,6 +30,7 @@ from common.cli import Parser, UserError, checked, command_lines, natural, posit
 from common.journal import Journal, is_done, journal
 from common.models import (
     check_same_vocabulary,
+    choose_dtype,
     context_length,
     default_device,
     device_map,
@@ -51,13 +52,18 @@ from generation.sampling import (
     Sampling,
     add_engine_flags,
     check_temperature,
-    choose_dtype,
     longest_prompt,
     pairs_from_json,
 )
 from scripts.memory import OVERHEAD, USED
 
 POLICY_ALONE = MIXTURES["online"].pairs(0.0)
+# What would change or run the sampling; of --responses all are scored as they are.
+OF_SAMPLING = (
+    *("start", "end", "seed", "max_new_tokens", "backend", "dtype", "max_num_seqs", "tensor_parallel_size"),
+    *("gpu_memory_utilization", "compile", "dataset_split", "dataset_key", "template", "chat_template_kwargs"),
+    *("continue_final_message", "max_prompt_characters", "max_input_length"),
+)
 
 temperature_above_zero = checked(
     float, lambda v: 0 < v < float("inf"), "a temperature above 0 (the KL of greedy decoding is not finite)"
@@ -91,8 +97,8 @@ def parser() -> Parser:
 
 def measure(args: argparse.Namespace, engines: Engines) -> None:
     """Write the KL of one command line."""
-    if args.responses and (args.start or args.end):
-        raise UserError("--start, --end: are for prompts that are sampled from; of --responses all are scored")
+    if args.responses:
+        check_only_scoring(args)
     tokenizer, room = check_models(args)
     prompts = None if args.responses else read_prompts(args, tokenizer, room, args.start, args.end)
     settings = settings_of(args)
@@ -112,6 +118,15 @@ def measure(args: argparse.Namespace, engines: Engines) -> None:
         stored = {"settings": {"kl": settings}, "provenance": {"kl": made_from(args)}}
         write_json(args.output_file, {**result, **stored})
     print(report(result))
+
+
+def check_only_scoring(args: argparse.Namespace) -> None:
+    """Raise `UserError` for flags of sampling that are not at their defaults."""
+    flags = parser()
+    if given := [f"--{name}" for name in OF_SAMPLING if getattr(args, name) != flags.get_default(name)]:
+        raise UserError(
+            f"{', '.join(given)}: for sampling from prompts, without effect on --responses, all of which are scored"
+        )
 
 
 def main() -> None:

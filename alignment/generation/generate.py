@@ -32,6 +32,7 @@ from common import scale_out
 from common.cli import Parser, UserError, command_lines, natural, non_negative, positive, positive_int, run
 from common.journal import Journal, is_done, journal
 from common.models import (
+    choose_dtype,
     load_config,
     load_tokenizer,
     response_text,
@@ -52,7 +53,6 @@ from generation.sampling import (
     as_settings,
     check_count,
     check_temperature,
-    choose_dtype,
     load_generator,
     longest_prompt,
     models_needed,

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from bandit.mixtures import WITHIN, Mixture, WeightPair, WeightPairs, get_mixture
 from common.adapters import whole_model
 from common.cli import Parser, UserError, fraction, positive_int
-from common.models import context_length, default_dtype, stored_dtype
+from common.models import context_length
 from generation.prompts import Prompt
 
 
@@ -261,21 +261,6 @@ def longest_prompt(args: argparse.Namespace, models: dict[str, tuple]) -> int:
             f"prompts of more than {longest} tokens are left out: {what} reads {room}, --max_new_tokens of them new"
         )
     return longest
-
-
-def choose_dtype(args: argparse.Namespace, models: Iterable[str | None]) -> str:
-    """Return the type to sample in: the flag's, else the machine's, but never less than what the weights hold.
-
-    Weights that were trained in float32 differ from where they began by less than bfloat16 can hold.
-    """
-    if args.dtype:
-        return args.dtype
-    dtype = default_dtype()
-    for name in filter(None, models):
-        if dtype == "bfloat16" and stored_dtype(name, args.trust_remote_code) == "float32":
-            print(f"sampling in float32: the weights of {name} are (--dtype bfloat16 rounds them, and is faster)")
-            return "float32"
-    return dtype
 
 
 def load_generator(args: argparse.Namespace, models: Sequence[str | None], longest: int):

@@ -208,7 +208,7 @@ class Settings:
         one_of("eager", "cudagraphs", "inductor"),
         "what vLLM compiles at each start: nothing, CUDA graphs, or all of the model; not set: eager",
     )
-    GENERATION_DTYPE: str = setting(None, DTYPE, "not set: bfloat16 on a GPU, else float32")
+    GENERATION_DTYPE: str = setting(None, DTYPE, "not set: bfloat16 on a GPU for weights of 16 bits, else float32")
     MAX_NUM_SEQS: int = setting(None, COUNT, "at a time, per engine; not set: what a GPU holds, else 64", "responses")
     TENSOR_PARALLEL_SIZE: int = setting(1, COUNT, "that share a model which does not fit on one", "GPUs")
     GPU_MEMORY_UTILIZATION: float = setting(0.9, SHARE, "of a GPU's memory for the engine", "share")
@@ -223,7 +223,7 @@ class Settings:
     REWARD_TEMPLATE: str = setting("none", one_of("none", "chat"), "none: prompt + response as plain text")
     REWARD_COLUMN: int = setting(None, NATURAL, "the reward among a model's labels, where it has several")
     REWARD_MAX_LENGTH: int = setting(None, COUNT, "kept of a text; not set: what the model allows", "tokens")
-    REWARD_DTYPE: str = setting(None, DTYPE, "not set: bfloat16 on a GPU, else float32")
+    REWARD_DTYPE: str = setting(None, DTYPE, "not set: bfloat16 on a GPU for weights of 16 bits, else float32")
     TOKEN_BUDGET: int = setting(None, COUNT, "most in a batch; not set: 16384 on a GPU, else 2048", "tokens")
     REWARD_FUNCTION: str = setting(None, PATH, "FILE.py:NAME, a Python function instead of REWARD_MODEL")
     JUDGE_MODEL: str = setting(None, PATH, "a second reward model, which training never sees")
@@ -259,7 +259,9 @@ class Settings:
     ACCELERATE_CONFIG: str = setting(
         "zero3", NAMES._replace(read=lambda text: _names(text)[0]), "a file of alignment/configs, for GPUs"
     )
-    ATTENTION: str = setting(None, TEXT, "attention of transformers; not set: sdpa")
+    ATTENTION: str = setting(
+        None, TEXT, "attention of transformers; not set: sdpa; flash_attention_2 does not share prefixes"
+    )
     GRADIENT_CHECKPOINTING: bool = setting(True, FLAG, "less memory, a third more arithmetic")
     USE_LORA: bool = setting(False, FLAG, "train small adapters; the saved model has them merged in")
     LORA_R: int = setting(None, COUNT, "rank of the adapters; not set: the script's default")

@@ -354,18 +354,16 @@ def annotate_kl(s: Settings) -> Commands:
 
 def kl(s: Settings) -> Commands:
     """KL from the base model of every trained model, on held-out prompts: of their own responses with SCORE_KL."""
-    sampling = prompts(s) | kl_prompts(s)
+    sampling = prompts(s) | kl_prompts(s) | engine(s) | {"seed": s.SEED * 1000}
     lines = [
         flags(
             model_name_or_path=model(s, n, label),
             ref_model_name_or_path=s.BASE_MODEL,
-            **({} if s.SCORE_KL else sampling),
+            **({"trust_remote_code": switch(s.TRUST_REMOTE_CODE)} if s.SCORE_KL else sampling),
             responses=names.evaluation(s.RUN_DIR, kl_part(s), n, label) if s.SCORE_KL else None,
             temperature=s.KL_TEMPERATURE,
             scoring_dtype=s.KL_DTYPE,
             published_estimator=switch(s.PUBLISHED_ESTIMATOR),
-            **engine(s),
-            seed=s.SEED * 1000,
             output_file=names.kl(s.RUN_DIR, n, label),
         )
         for n, label in trained(s, 1)

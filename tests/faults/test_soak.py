@@ -10,12 +10,14 @@ import json
 import os
 import random
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from commands import ALIGNMENT
-from soak import Command, finish, kill_one
+from soak import Command, finish, kill_one, title
 from tiny import save_tiny_policy, save_tiny_reward_model
 
 pytestmark = pytest.mark.slow
@@ -90,6 +92,19 @@ def results(output: Path) -> dict[str, bytes]:
     if output.is_file():
         return {output.name: output.read_bytes()}
     return {path.name: path.read_bytes() for path in output.glob("*.safetensors")}
+
+
+def test_the_log_tells_processes_of_one_program_apart():
+    """A plain process, and one that names itself as vLLM's engine does."""
+    wait = "print(flush=True); input()"
+    named = f"from setproctitle import setproctitle; setproctitle('VLLM::EngineCore'); {wait}"
+    found = []
+    for code in (wait, named):
+        with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            process.stdout.readline()
+            found.append(title(psutil.Process(process.pid)))
+            process.stdin.write(b"\n")
+    assert found == [f"{Path(sys.executable).name} -c {wait}", "VLLM::EngineCore"]
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,35 @@ def test_an_adapter_is_merged_once_and_loaded_by_every_loader(models, tmp_path, 
     assert whole_model(name, "policy") != first
 
 
+def in_hub_cache(folder, hub, name):
+    """Put a folder's files where huggingface_hub keeps those of `name`: blobs, and links in a snapshot."""
+    commit, repo = "0" * 40, hub / f"models--{name.replace('/', '--')}"
+    snapshot = repo / "snapshots" / commit
+    for made in (snapshot, repo / "blobs", repo / "refs"):
+        made.mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    for path in folder.iterdir():
+        shutil.copy(path, repo / "blobs" / path.name)
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    return snapshot
+
+
+def test_adapter_and_base_may_be_hub_names(models, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    wanted = save_adapter(models[0], tmp_path / "adapter")
+    in_hub_cache(models[0], tmp_path / "hub", "owner/base")
+    snapshot = in_hub_cache(tmp_path / "adapter", tmp_path / "hub", "owner/adapter")
+    change_config(snapshot, base_model_name_or_path="owner/base")
+    assert whole_model("owner/base", "policy") == "owner/base"
+    whole = LlamaForCausalLM.from_pretrained(whole_model("owner/adapter", "policy"), dtype=torch.float32)
+    assert torch.allclose(logits(whole), wanted, atol=1e-4)
+    (snapshot / "adapter_model.safetensors").unlink()
+    adapters.hub_folder.cache_clear()
+    with pytest.raises(UserError, match="owner/adapter") as raised:
+        whole_model("owner/adapter", "policy")
+    assert "\n" not in str(raised.value)
+
+
 def test_a_configuration_beside_the_adapter_is_the_bases(models, tmp_path):
     wanted = save_adapter(models[0], tmp_path / "adapter")
     shutil.copy(models[0] / "config.json", tmp_path / "adapter")

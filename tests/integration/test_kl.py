@@ -210,7 +210,9 @@ def test_scoring_is_in_float32_unless_asked_otherwise(tmp_path, monkeypatch, pai
 
 def flags(pair, output, **more):
     named = {"model_name_or_path": pair[0], "ref_model_name_or_path": pair[1], "output_file": output}
-    named |= {"backend": "hf", "dtype": "float32", "max_new_tokens": LENGTH, **more}
+    if "responses" not in more:
+        named |= {"backend": "hf", "dtype": "float32", "max_new_tokens": LENGTH}
+    named |= more
     return [str(word) for name, value in named.items() if value is not None for word in (f"--{name}", value)]
 
 

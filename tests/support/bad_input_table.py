@@ -334,6 +334,10 @@ KL_OF_RESPONSES = {
     "ids that are text": ("--responses text_ids.json", ["text_ids.json: row 1: 'response_ids'"]),
     "ids of one response only": ("--responses few_ids.json", ["few_ids.json: row 1: 'response_ids'"]),
     "a slice of responses": ("--responses made.json --end 1", ["--end"]),
+    "sampling of responses": (
+        "--responses made.json --seed 1 --max_new_tokens 8 --backend hf --template chat",
+        ["--seed", "--max_new_tokens", "--backend", "--template"],
+    ),
     "of a damaged sampler": ("--responses bad_sampler.json", ["not of the form"]),
 }
 

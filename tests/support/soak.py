@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -67,7 +68,7 @@ def kill_one(command: Command, log: Path, mark: str, longest: float, rng: random
     """Runs the command and kills one of its processes after a random time.
 
     Returns:
-        The name of that process; nothing if the command was done before.
+        What that process was (`title`); nothing if the command was done before.
     """
     process = start(command, log, mark)
     try:
@@ -77,12 +78,21 @@ def kill_one(command: Command, log: Path, mark: str, longest: float, rng: random
             assert process.wait(timeout=NO_HANG) == 0, log.read_text(errors="replace")[-3000:]
             return ""
         victim = rng.choice(victims)
-        name = "the script" if victim.pid == process.pid else victim.name()
+        name = "the script" if victim.pid == process.pid else title(victim)
         victim.kill()
         process.wait(timeout=NO_HANG)  # whatever the code: engines are started again, or the script ends
         return name
     finally:
         clear(mark)
+
+
+def title(process: psutil.Process) -> str:
+    """The beginning of its command line without folders; of vLLM's engine the name that it gives itself there."""
+    try:
+        words = [re.sub(r"\S*/", "", word) for word in process.cmdline()]
+    except psutil.Error:  # just gone
+        words = []
+    return " ".join(words).strip()[:60] or process.name()
 
 
 def clear(mark: str) -> None:

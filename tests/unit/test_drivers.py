@@ -8,6 +8,7 @@ import pytest
 from commands import bash, settings
 from plans import fake_nvidia_smi, flag, in_turn, plan, refused, values
 
+from evaluation import get_kl
 from scripts import machine, stages
 from scripts.settings import Settings
 
@@ -171,6 +172,19 @@ def test_reward_and_kl_of_the_same_responses():
     temperatures = {flag(line, "--temperature") for line in [*lines, *in_turn(commands["kl_responses"])]}
     assert temperatures == {"0.7"} and not any("--dataset_name_or_path" in line for line in lines)
     assert flag(commands["summarize"], "--margin_scale") == "4"
+
+
+def test_what_scores_responses_is_given_no_flag_of_sampling():
+    given = {"SEED": 3, "BACKEND": "hf", "MAX_NEW_TOKENS": 9, "TRUST_REMOTE_CODE": 1, "TEMPLATE": "chat"}
+    scoring, sampling = (
+        in_turn(dict(plan("sample_kl.sh", RUN_DIR="/run", GPUS=1, SCORE_KL=by_score, **given))["kl"])
+        for by_score in (True, False)
+    )
+    for line in scoring:
+        args = get_kl.parser().parse_args(line[line.index("--model_name_or_path") :])
+        get_kl.check_only_scoring(args)
+        assert args.trust_remote_code
+    assert {(flag(line, "--seed"), flag(line, "--max_new_tokens")) for line in sampling} == {("3000", "9")}
 
 
 def test_where_temperatures_agree_reward_and_kl_share_their_responses(tmp_path):

@@ -131,6 +131,25 @@ def test_responses_at_a_time_come_from_the_memory(tmp_path):
     assert flag(commands["evaluate"], "--max_num_seqs") == "5"
 
 
+@pytest.mark.parametrize(
+    ("recipe", "driver", "small", "enough", "hint"),
+    [
+        # 16 bytes for each of 3.4 billion parameters are 55 GB, and what is left over besides them.
+        ("iterative_prompt", "sample_train_iterative_prompt.sh", (1, MIB_24), (1, MIB_80), "USE_LORA=1"),
+        ("iterative_prompt", "sample_train_iterative_prompt.sh", (2, MIB_24), (8, MIB_24), "USE_LORA=1"),
+        # Policy and reference in float32: 2 x 4 bytes for each of 6.7 billion parameters are 54 GB.
+        ("published", "sample_kl.sh", (1, 49140), (1, MIB_80), "KL_DTYPE=bfloat16"),
+    ],
+)
+def test_recipes_are_refused_on_too_small_gpus_and_planned_on_large_ones(
+    recipe, driver, small, enough, hint, tmp_path
+):
+    run = tmp_path / "run"
+    line = refused(driver, fake_nvidia_smi(tmp_path / "small", *small), RECIPE=recipe, RUN_DIR=run)
+    assert hint in line and not run.exists()
+    assert plan(driver, fake_nvidia_smi(tmp_path / "enough", *enough), RECIPE=recipe)
+
+
 def test_offload_needs_host_memory(monkeypatch):
     s = settings("ACCELERATE_CONFIG=zero3_offload")
     monkeypatch.setattr("os.sysconf", lambda name: {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 16 * P // 4096 - 1}[name])

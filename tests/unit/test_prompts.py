@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from datasets import Dataset
-from tiny import save_tiny_policy, tiny_tokenizer
+from tiny import tiny_tokenizer
 from transformers import AutoTokenizer, LlamaTokenizer, RobertaConfig, RobertaModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -18,7 +18,6 @@ from common.models import (
     encode_prompt,
     encode_response,
     response_text,
-    stored_dtype,
     tokenizer_fingerprint,
 )
 from generation.prompts import TEMPLATES, Template, check_same_prompts, load_prompts
@@ -312,15 +311,6 @@ def test_positions_that_a_model_can_really_use():
     assert context_length(model.config, tokenizer) == room  # a tokenizer without a limit has an endless one
     tokenizer.model_max_length = 12
     assert context_length(model.config, tokenizer) == 12
-
-
-def test_the_type_that_weights_are_stored_in(tmp_path):
-    from transformers import LlamaForCausalLM
-
-    save_tiny_policy(tmp_path / "full", 0)
-    LlamaForCausalLM.from_pretrained(tmp_path / "full").to(torch.bfloat16).save_pretrained(tmp_path / "half")
-    assert stored_dtype(str(tmp_path / "full")) == "float32"
-    assert stored_dtype(str(tmp_path / "half")) == "bfloat16"
 
 
 def test_null_is_absent(tmp_path):

@@ -7,9 +7,6 @@ from itertools import permutations, product
 
 import numpy as np
 import pytest
-import torch
-from tiny import save_tiny_policy
-from transformers import LlamaForCausalLM
 
 from bandit.mixtures import MIXTURES, family
 from bandit.problem import make_bandit
@@ -20,7 +17,6 @@ from generation.sampling import (
     assign_rows,
     check_count,
     check_temperature,
-    choose_dtype,
     models_needed,
     pairs_from_json,
     sampler_by_name,
@@ -207,22 +203,6 @@ def test_stream_seeds_are_distinct_and_stable():
     assert all(0 <= seed < 2**63 for seed in seeds)
     # Fixed for good: data files of earlier versions must stay reproducible.
     assert stream_seed(42, 7, 1) == 8426691904267727719
-
-
-def test_weights_of_32_bits_are_not_rounded_unless_asked_for(tmp_path, monkeypatch, capsys):
-    """With a GPU's default: a policy trained in float32 differs from its start by less than bfloat16 holds."""
-    save_tiny_policy(tmp_path / "full", 0)
-    LlamaForCausalLM.from_pretrained(tmp_path / "full").to(torch.bfloat16).save_pretrained(tmp_path / "half")
-    full, half = str(tmp_path / "full"), str(tmp_path / "half")
-    monkeypatch.setattr("generation.sampling.default_dtype", lambda: "bfloat16")
-    flags = argparse.Namespace(dtype=None, trust_remote_code=False)
-    assert choose_dtype(flags, (half, None)) == "bfloat16"
-    assert capsys.readouterr().out == ""
-    for models in ((full, None), (half, full)):
-        assert choose_dtype(flags, models) == "float32"
-        assert full in capsys.readouterr().out
-    flags.dtype = "bfloat16"
-    assert choose_dtype(flags, (full, None)) == "bfloat16"
 
 
 def test_vllm_samples_at_the_temperatures_that_are_let_through():
