@@ -49,9 +49,10 @@ LOST_DIVERSITY = 0.5
 # Nats per token. Healthy 135M runs had 0.06 to 0.1, the collapsed one 0.21.
 RUNAWAY_KL = 0.15
 SEEDS_DIFFER = (
-    "This is one training run, and seeds differ by more than these intervals, which are over prompts only: in three "
-    "seeds of the 135M study such an interval excluded 0 with probability 0.31 to 0.59 for samplers that do not "
-    "differ. So nothing here says which sampler is better; sample_ablation.sh compares them over seeds."
+    "This is one training run, and seeds differ by more than these intervals, which are over prompts only: in six "
+    "seeds of the 135M study such an interval excluded 0 with probability 0.06 to 0.22 for samplers that do not "
+    "differ, in an older one of three seeds with 0.31 to 0.59. So nothing here says which sampler is better; "
+    "sample_ablation.sh compares them over seeds."
 )
 
 Row = dict[str, Estimate | None]
