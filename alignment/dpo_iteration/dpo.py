@@ -8,7 +8,7 @@ import datasets
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor
-from torch.utils.data import RandomSampler, Sampler
+from torch.utils.data import RandomSampler, Sampler, SequentialSampler
 from transformers import Trainer
 
 from common.cli import UserError
@@ -33,9 +33,16 @@ class DPOTrainer(Trainer):
     loss_is_scaled_for_ga = True
 
     def __init__(
-        self, beta: float, loss_type: str, share: bool, train_dataset: datasets.Dataset, **options: object
+        self,
+        beta: float,
+        loss_type: str,
+        share: bool,
+        train_dataset: datasets.Dataset,
+        eval_dataset: datasets.Dataset | None = None,
+        **options: object,
     ) -> None:
-        super().__init__(train_dataset=PaddedRows(train_dataset), **options)
+        held_out = None if eval_dataset is None else PaddedRows(eval_dataset)
+        super().__init__(train_dataset=PaddedRows(train_dataset), eval_dataset=held_out, **options)
         self.beta, self.loss_type = beta, loss_type
         self.share = None if share else False  # None: not decided yet
         self._sums: dict[str, dict[str, Tensor]] = {"": {}, "eval_": {}}
@@ -67,10 +74,15 @@ class DPOTrainer(Trainer):
         reference = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         losses, metrics = preference_loss(chosen, rejected, *reference, inputs["margin"], self.beta, self.loss_type)
         weight = inputs["weight"]
-        self._add(metrics, weight, "" if model.training else "eval_")
+        if model.training:
+            self._add(metrics, weight, "")
+        else:  # the Trainer's own mean would be one over batches, whatever they weigh
+            self._add({**metrics, "loss": losses.detach()}, weight, "eval_")
         # Gradients are averaged over the processes; the mean is over all of their pairs.
         scale = (
-            1 / weight.sum() if num_items_in_batch is None else self.accelerator.num_processes / num_items_in_batch
+            1 / weight.sum().clamp(min=1)  # a batch may only fill up
+            if num_items_in_batch is None
+            else self.accelerator.num_processes / num_items_in_batch
         )
         loss = (losses * weight).sum() * scale
         return (loss, metrics) if return_outputs else loss
@@ -98,6 +110,12 @@ class DPOTrainer(Trainer):
         if isinstance(sampler, RandomSampler):  # as accelerate does where it finds one
             sampler = SeedableRandomSampler(data_source=sampler.data_source, data_seed=self.args.data_seed)
         return FilledUp(sampler, together)
+
+    def _get_eval_sampler(self, eval_dataset: PaddedRows) -> Sampler:
+        """Return the held-out rows in their order, filled up as those of training are."""
+        if self.args.world_size == 1:
+            return SequentialSampler(eval_dataset)
+        return FilledUp(SequentialSampler(eval_dataset), self.args.world_size * self.args.eval_batch_size)
 
     def _add(self, metrics: dict[str, Tensor], weight: Tensor, prefix: str) -> None:
         sums = self._sums[prefix]

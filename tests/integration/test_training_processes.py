@@ -144,16 +144,25 @@ def test_two_processes_equal_one(models, tmp_path):
 
 
 def test_two_processes_with_an_odd_number_of_pairs(models, tmp_path):
-    """Five pairs on two processes, 2 at a time, in random order: no pair counts twice, no place in a batch counts."""
-    data = write_data(tmp_path / "d.json", make_instances(rows=5))
-    one = train(models, data, tmp_path / "one", num_train_epochs=3, per_device_train_batch_size=8)
-    more = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_train_epochs": 3}
+    """Five pairs on two processes, 2 at a time, in random order: no pair counts twice, no place in a batch counts.
+
+    Nor does one of the five that are held out, 4 at a time: the second process has one of them.
+    """
+    data = write_data(tmp_path / "d.json", make_instances(rows=10))
+    order = {"num_train_epochs": 3, "eval_fraction": 0.5}
+    one = train(models, data, tmp_path / "one", per_device_train_batch_size=8, per_device_eval_batch_size=2, **order)
+    more = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "per_device_eval_batch_size": 4}
+    more |= order
     launch(ALIGNMENT / "configs" / "cpu.yaml", [SCRIPT, *flags(models, data, tmp_path / "two", **more)])
     assert len(one) == 3 and losses(tmp_path / "two") == pytest.approx(one, abs=1e-5)
-    first = [
-        json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"][0] for name in ("one", "two")
+    histories = [
+        json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"] for name in ("one", "two")
     ]
-    assert first[1]["logps/chosen"] == pytest.approx(first[0]["logps/chosen"], abs=1e-4)
+    assert histories[1][0]["logps/chosen"] == pytest.approx(histories[0][0]["logps/chosen"], abs=1e-4)
+    expected, found = ([entry for entry in history if "eval_loss" in entry] for history in histories)
+    assert len(expected) == len(found) == 3
+    for name in ("eval_loss", "eval_logps/chosen", "eval_rewards/margins", "eval_rewards/accuracies"):
+        assert [entry[name] for entry in found] == pytest.approx([entry[name] for entry in expected], abs=1e-4), name
     after = weights(tmp_path / "one")
     for name, tensor in weights(tmp_path / "two").items():
         assert torch.allclose(tensor, after[name], atol=2e-5), name
