@@ -1,8 +1,9 @@
 """Does all of this work on a GPU, and how fast? Under ten minutes on one H100; no download, no data, random weights.
 
-Reads nothing. Prints one line per check (pass, fail or skipped, with its figure); --output also writes a file.
+Reads nothing. Prints one line per check (pass, fail, skipped or measured, with its figure); --output also writes a
+file. Limits called guesses were never compared with a GPU: look at the figure before you believe a pass or a fail.
 Each part runs in a process of its own, so that one that dies takes no other with it. A part whose packages are
-missing is skipped: torch, transformers and accelerate are enough to begin with. Exit code 1 if a check failed.
+missing is skipped: torch, transformers, accelerate and peft are enough to begin with. Exit code 1 if a check failed.
 
     python benchmarks/gpu_day_one.py
     python benchmarks/gpu_day_one.py --parts environment mixture-eager speed-eager --output results.md
@@ -45,6 +46,7 @@ class Part(NamedTuple):
 
 
 VLLM = ("torch", "transformers", "vllm", "vllm_logit_mixture")
+TRAINING = ("torch", "transformers", "accelerate", "peft")
 PARTS = {
     "environment": Part(gpu_model_parts.environment, ("torch",)),
     "mixture-eager": Part(gpu_engine_parts.mixture("eager", True), VLLM),
@@ -59,8 +61,8 @@ PARTS = {
     "speed-inductor-cold": Part(gpu_engine_parts.speed("inductor", 2), VLLM, 1),
     "speed-inductor-warm": Part(gpu_engine_parts.speed("inductor", 2), VLLM, 1),
     "then": Part(gpu_engine_parts.two_command_lines, VLLM),
-    "training": Part(gpu_model_parts.training, ("torch", "transformers", "accelerate")),
-    "zero3": Part(gpu_model_parts.zero3, ("torch", "transformers", "accelerate", "deepspeed"), 1),
+    "training": Part(gpu_model_parts.training, TRAINING),
+    "zero3": Part(gpu_model_parts.zero3, (*TRAINING, "deepspeed"), 1),
     "annotation": Part(gpu_model_parts.annotation),
     "kl": Part(gpu_model_parts.kl),
     "two-gpus": Part(gpu_engine_parts.two_gpus, VLLM, 2),

@@ -1,15 +1,27 @@
 """The parts of gpu_day_one.py that start engines: right results, speed, two command lines, two GPUs."""
 
+import contextlib
 import os
 import random
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from benchmarks.gpu_setting import Check, Setting, config_of, gpu_bandwidth, judged, random_ids, random_model, shell
+from benchmarks.gpu_setting import (
+    Check,
+    Setting,
+    config_of,
+    gpu_bandwidth,
+    judged,
+    measured,
+    random_ids,
+    random_model,
+    shell,
+)
 
 PROJECT = Path(__file__).resolve().parents[1]
 WEIGHTS = [(1.5, -0.5), (0.5, 0.5), (1.0, 0.0), (0.0, 1.0)]
@@ -54,6 +66,7 @@ def mixture(compile: str, asynchronous: bool, dtype: str | None = None) -> Calla
             ours, theirs = (worst_errors(found, exact, other) for other in (None, rough))
             allowed = max(5e-3, 4 * theirs[0])
             figure = f"error {ours[0]:.1e} nats (plain pass in {kind}: {theirs[0]:.1e}); gap {ours[1]:.1e}"
+            figure += f"; limit {allowed:.1e} (a guess)"
             yield judged(f"{size} at a time = plain passes", max(ours) < allowed, figure)
 
     return part
@@ -127,14 +140,14 @@ def speed(compile: str, models: int) -> Callable[[Setting], Iterator[Check]]:
             setting, [shell(setting, shape)] * models, setting.dtype, max(counts), 2 * length, compile=compile,
             load_format="dummy",
         )  # fmt: skip
-        yield Check(f"start, {compile}", "pass", f"{time.perf_counter() - began:.0f} s")
+        yield measured(f"start, {compile}", f"{time.perf_counter() - began:.0f} s")
         mixed = WEIGHTS[:2] if models == 2 else [(1.0,)]
         rate(engine, shape, counts[:1], mixed, 4)  # the first steps are slow
         for count in counts:
             found = rate(engine, shape, (count,), mixed, length)
             limit = bandwidth_limit(shape, models, count, length, setting)
             figure = f"{found:.0f} tokens/s; memory allows {limit:.0f}, so {found / limit:.0%}"
-            yield Check(f"{count} responses, {models} model(s)", "pass", figure)
+            yield measured(f"{count} responses, {models} model(s)", figure)
         if models == 2:
             yield from ways(setting, engine, shape, counts[0], length)
 
@@ -145,9 +158,9 @@ def ways(setting: Setting, engine, shape: str, count: int, length: int) -> Itera
     """Yield the speed of other requests in a mixture engine: one model's, without seeds, with a waiting copy."""
     whole = rate(engine, shape, (count,), WEIGHTS[:2], length)
     alone = rate(engine, shape, (count,), [(1.0, 0.0)], length)
-    yield Check("requests of the first model alone", "pass", f"{alone / whole:.2f} of the mixed ones' speed")
+    yield measured("requests of the first model alone", f"{alone / whole:.2f} of the mixed ones' speed")
     seedless = rate(engine, shape, (count,), WEIGHTS[:2], length, seeds=False)
-    yield Check("without seeds of their own", "pass", f"{seedless / whole:.2f} of the speed with seeds")
+    yield measured("without seeds of their own", f"{seedless / whole:.2f} of the speed with seeds")
     worker = engine.llm.llm_engine.model_executor.driver_worker.worker
     weights, figures = worker.model_runner.model.weights, []
     if not weights.pinned:
@@ -157,7 +170,7 @@ def ways(setting: Setting, engine, shape: str, count: int, length: int) -> Itera
         weights.pinned = pinned  # requests of uneven lengths: in nearly every step one ends
         figures.append(rate(engine, shape, (count,) * 2, WEIGHTS[:2], length, uneven=True))
     ratio = statistics.mean(figures[::2]) / statistics.mean(figures[1::2])
-    yield Check("weights copied without waiting", "pass", f"{ratio:.3f} of the speed with a waiting copy")
+    yield measured("weights copied without waiting", f"{ratio:.3f} of the speed with a waiting copy")
 
 
 def rate(engine, shape: str, counts, weights, length: int, seeds: bool = True, uneven: bool = False) -> float:
@@ -208,40 +221,112 @@ def generate(setting: Setting, shape: str, output: str, *more: str) -> list[str]
     return [*words.split(), *more, "--output_file", output]
 
 
-def run_generate(*flags: str) -> tuple[bool, str]:
-    """Return whether generate.py ended well, and its last line of error."""
+def run_generate(*flags: str) -> tuple[bool, str, str]:
+    """Return whether generate.py ended well, its last line of error if not, and what it printed."""
     command = [sys.executable, str(PROJECT / "alignment/generation/generate.py"), *flags]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.returncode == 0, (done.stderr.strip().splitlines() or [""])[-1][:200]
+    said = (done.stderr.strip().splitlines() or [""])[-1][:200] if done.returncode else ""
+    return done.returncode == 0, said, done.stdout
 
 
-def texts(path: str) -> list:
-    """Return a data file's responses."""
+def column(path: str, name: str = "responses") -> list:
+    """Return one field of a data file's instances."""
     import json
 
-    return [instance["responses"] for instance in json.loads(Path(path).read_text())["instances"]]
+    return [instance[name] for instance in json.loads(Path(path).read_text())["instances"]]
+
+
+def then_lines(setting: Setting) -> dict[str, list[str]]:
+    """Return the command lines of the part `then`, by what is new in them; in float32, so that ids can be equal."""
+    shape = setting.shape("1.5B")
+    other = ("--model_name_or_path", random_model(setting, shape, 2))
+    more = {
+        "first model": (),
+        "second model, greedy": other,
+        "first model again, seeded": ("--temperature", "1", "--seed", "7"),
+        "another length": (*other, "--max_new_tokens", str(RESPONSE // 2)),
+    }
+    return {
+        name: generate(setting, shape, str(setting.folder / f"then{i}.json"), "--dtype", "float32", *flags)
+        for i, (name, flags) in enumerate(more.items())
+    }
 
 
 def two_command_lines(setting: Setting) -> Iterator[Check]:
-    """The second engine of a process finds the first one's memory again, and samples the same."""
-    shape, files = setting.shape("1.5B"), [str(setting.folder / f"then{i}.json") for i in range(3)]
-    lines = [generate(setting, shape, name) for name in files]
-    well, said = run_generate(*lines[0], "--then", *lines[1], "--then", *lines[2])
-    yield judged("three command lines in one process", well, said if not well else "each with an engine of its own")
-    if well:
-        found = [texts(name) for name in files]
-        yield judged("all gave the same", found[0] == found[1] == found[2], f"{len(found[0])} prompts")
+    """Two models in turn in one process write what they write alone: in one engine, then in a second one."""
+    lines = then_lines(setting)
+    first, *others = lines.values()
+    with watched_memory(setting) as used:
+        well, said, printed = run_generate(*first, *(word for line in others for word in ("--then", *line)))
+    yield judged("four command lines in one process", well, said)
+    if not well:
+        return
+    count = printed.count("the engine that runs takes the weights of")
+    yield judged("its first engine took other weights twice", count == 2, f"{count} times, then a second engine")
+    yield from memory_given_back(used)
+    for name in ("second model, greedy", "first model again, seeded"):
+        alone = f"{lines[name][-1]}.alone.json"
+        well, said, _ = run_generate(*lines[name][:-1], alone)
+        ours = column(lines[name][-1], "response_ids")
+        theirs = column(alone, "response_ids") if well else []
+        same = sum(a == b for a, b in zip(ours, theirs, strict=False))
+        figure = f"ids of {same} of {len(ours)} prompts are equal" if well else said
+        yield judged(f"{name} = the same command line alone", well and ours == theirs, figure)
+
+
+@contextlib.contextmanager
+def watched_memory(setting: Setting) -> Iterator[list[float]]:
+    """Give a list of the GPU's used bytes by all processes: before, at most meanwhile, after. Empty on a CPU."""
+    import torch
+
+    used, ended = [], threading.Event()
+    if setting.device == "cpu":
+        yield used
+        return
+
+    def now() -> float:
+        free, total = torch.cuda.mem_get_info()
+        return total - free
+
+    used += [now()] * 3
+
+    def watch() -> None:
+        while not ended.wait(0.2):
+            used[1] = max(used[1], now())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield used
+    finally:
+        ended.set()
+        thread.join()
+        used[2] = now()
+
+
+def memory_given_back(used: list[float]) -> Iterator[Check]:
+    """Yield whether the GPU's memory is free again; that a second engine started says the same of the first."""
+    if not used:
+        yield Check("memory given back", "skipped", "not on a GPU")
+        return
+    before, most, after = (value / 1e9 for value in used)
+    figure = f"{before:.1f} GB before, {most:.1f} during, {after:.1f} after; limit 0.5 more (a guess)"
+    yield judged("memory given back", after - before < 0.5, figure)
 
 
 def two_gpus(setting: Setting) -> Iterator[Check]:
     """Tensor parallel, and two engines, against one GPU."""
     shape, one = setting.shape("0.1B"), str(setting.folder / "one.json")
-    well, said = run_generate(*generate(setting, shape, one))
+    well, said, _ = run_generate(*generate(setting, shape, one))
     yield judged("one GPU", well, said)
     for what, flag in (("tensor parallel 2", "--tensor_parallel_size"), ("two engines", "--num_engines")):
         name = str(setting.folder / f"{flag[2:]}.json")
-        well, said = run_generate(*generate(setting, shape, name, flag, "2"))
+        well, said, _ = run_generate(*generate(setting, shape, name, flag, "2"))
         yield judged(what, well, said)
         if well:
-            same = [a == b for x, y in zip(texts(one), texts(name), strict=True) for a, b in zip(x, y, strict=True)]
-            yield judged(f"{what} = one GPU", statistics.mean(same) > 0.7, f"{sum(same)} of {len(same)} are equal")
+            same = [a == b for x, y in zip(column(one), column(name), strict=True) for a, b in zip(x, y, strict=True)]
+            yield judged(
+                f"{what} = one GPU",
+                statistics.mean(same) > 0.7,
+                f"{sum(same)} of {len(same)} are equal; limit 70% (a guess)",
+            )

@@ -14,7 +14,7 @@ SHAPES = {
 
 
 class Check(NamedTuple):
-    """One line of the table: `result` is pass, fail or skipped."""
+    """One line of the table: `result` is pass, fail, skipped or, of a figure that nothing judges, measured."""
 
     what: str
     result: str
@@ -24,6 +24,11 @@ class Check(NamedTuple):
 def judged(what: str, holds: bool, figure: str) -> Check:
     """Return a check that passes if it `holds`."""
     return Check(what, "pass" if holds else "fail", figure)
+
+
+def measured(what: str, figure: str) -> Check:
+    """Return a check that no limit judges."""
+    return Check(what, "measured", figure)
 
 
 class Setting(NamedTuple):
