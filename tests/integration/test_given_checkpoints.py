@@ -12,11 +12,14 @@ from tiny import save_tiny_policy
 from scripts import names
 
 
-def test_a_checkpoint_is_evaluated_without_training(tmp_path):
+@pytest.mark.parametrize(("temperature", "part"), [(1.0, "test_prompts"), (0.7, "kl_prompts")])
+def test_a_checkpoint_is_evaluated_without_training(temperature, part, tmp_path):
+    """The evaluation's own responses serve the KL where it has their temperature."""
     save_inputs(tmp_path)
     theirs = save_tiny_policy(tmp_path / "theirs", seed=7, sharpness=5.0)
     run_dir = tmp_path / "run"
     given = inputs(tmp_path) | {"RUN_DIR": run_dir, "MODELS": f"theirs={theirs}", "SCORE_KL": True, "BACKEND": "hf"}
+    given |= {"EVAL_TEMPERATURE": 1.0, "KL_TEMPERATURE": temperature}
     for driver in (KL, EVALUATE):
         result = bash(f"alignment/{driver}", *settings(**given))
         assert result.returncode == 0, f"{driver}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
@@ -24,9 +27,8 @@ def test_a_checkpoint_is_evaluated_without_training(tmp_path):
     rows = {row["sampler"]: row for row in csv.DictReader((run_dir / "results/summary.csv").open())}
     assert list(rows) == ["base", "theirs"]
     kl = json.loads(names.kl(run_dir, None, "theirs").read_text())["kl"]
-    instances = json.loads(names.evaluation(run_dir, "kl_prompts", None, "theirs", "rewards").read_text())[
-        "instances"
-    ]
+    scored = names.evaluation(run_dir, part, None, "theirs", "rewards")
+    instances = json.loads(scored.read_text())["instances"]
     reward = statistics.fmean(i["rewards"][0] for i in instances)
     resolved = (run_dir / "settings.yaml").read_text()
     beta, scale = (float(resolved.split(f"\n{name}: ")[1].split("\n")[0]) for name in ("BETA", "MARGIN_SCALE"))
