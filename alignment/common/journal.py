@@ -14,7 +14,9 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import zlib
+from array import array
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -58,28 +60,56 @@ def journal_path(path: str | Path) -> Path:
 
 
 class Rows(Mapping):
-    """key → finished row. Memory holds where each row stands in the journal, and the row is read when asked for."""
+    """key → finished row. Memory holds where each row's line begins in the journal; the row is read when asked for.
+
+    Keys "row.response" or "row/response", of which there are as many as texts, take 8 bytes each.
+    """
+
+    _PAIR = re.compile(r"(0|[1-9][0-9]{0,8})([./](?:0|[1-9][0-9]{0,8}))")
 
     def __init__(self, file: int) -> None:
-        self._file = file
-        self._spans: dict[str, int] = {}  # offset · 2^32 + length: one number takes a third of a pair's memory
+        self._file, self._count = file, 0
+        self._columns: dict[str, array] = {}  # ".response" → offset by row, -1 where there is none
+        self._others: dict[str, int] = {}
 
-    def point(self, key: str, offset: int, length: int) -> None:
-        """Says where the line of `key` is, in bytes."""
-        self._spans[key] = offset << 32 | length
+    def point(self, key: str, offset: int) -> None:
+        """Says at which byte the line of `key` begins."""
+        self._count += key not in self
+        if not (pair := self._PAIR.fullmatch(key)):
+            self._others[key] = offset
+            return
+        row, column = int(pair[1]), self._columns.setdefault(pair[2], array("q"))
+        while len(column) <= row:
+            column.append(-1)
+        column[row] = offset
+
+    def _offset(self, key: object) -> int:
+        if not isinstance(key, str) or not (pair := self._PAIR.fullmatch(key)):
+            return self._others.get(key, -1)
+        row, column = int(pair[1]), self._columns.get(pair[2], ())
+        return column[row] if row < len(column) else -1
 
     def __getitem__(self, key: str) -> dict:
-        offset, length = divmod(self._spans[key], 1 << 32)
-        return json.loads(os.pread(self._file, length, offset))["row"]
+        line, offset = b"", self._offset(key)
+        if offset < 0:
+            raise KeyError(key)
+        while not line.endswith(b"\n"):
+            block = os.pread(self._file, 4096, offset + len(line))
+            if not block:
+                raise EOFError(f"the journal ends within the row {key}")
+            line += block[: block.find(b"\n") + 1 or None]
+        return json.loads(line)["row"]
 
     def __contains__(self, key: object) -> bool:  # without a look at the file, unlike Mapping's own
-        return key in self._spans
+        return self._offset(key) >= 0
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._spans)
+        yield from self._others
+        for response, column in self._columns.items():
+            yield from (f"{row}{response}" for row, offset in enumerate(column) if offset >= 0)
 
     def __len__(self) -> int:
-        return len(self._spans)
+        return self._count
 
 
 MARK = b'{"crc32": "'  # begins each line, and stands in no text of a row: there quotation marks are escaped
@@ -165,7 +195,7 @@ class Journal:
             if "settings" in entry:
                 stored = entry["settings"]
             elif entry.get("made_with") == self._made_with:
-                self.rows.point(entry["key"], offset + begin, len(line) - begin)
+                self.rows.point(entry["key"], offset + begin)
                 end = offset + len(line)
             else:
                 self._refuse_rows_of(stored, settings)
@@ -192,8 +222,8 @@ class Journal:
                 yield offset, line
                 offset += len(line)
 
-    def _append(self, entry: dict) -> tuple[int, int]:
-        """Writes a line; (its offset, its length), in bytes."""
+    def _append(self, entry: dict) -> int:
+        """Writes a line; the byte at which it begins."""
         line = _to_line(entry)
         offset = self._end
         with writing(self.path):
@@ -201,11 +231,11 @@ class Journal:
             while written < len(line):
                 written += self._file.write(line[written:])
         self._end += len(line)
-        return offset, len(line)
+        return offset
 
     def add(self, key: str, row: dict) -> None:
         """Records a finished row; it survives a kill of this process from here on."""
-        self.rows.point(key, *self._append({"made_with": self._made_with, "key": key, "row": row}))
+        self.rows.point(key, self._append({"made_with": self._made_with, "key": key, "row": row}))
 
     def close(self, done: bool) -> None:
         """Ends the stage, once; the journal is removed if the final file is in place (`done`) or there is no row."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import random
 
 import pytest
 
@@ -124,3 +125,22 @@ def test_failure_keeps_the_journal(tmp_path):
         opened.add("a", {})
         raise RuntimeError
     assert journal_path(tmp_path / "out.json").exists()
+
+
+def test_a_journals_rows_are_a_dict_of_any_keys(tmp_path):
+    """Keys of all stages, of others' making and in any order, against a plain dict; long rows too."""
+    rng = random.Random(0)
+    pairs = [f"{rng.randrange(2000)}{mark}{rng.randrange(3)}" for mark in "./" for _ in range(400)]
+    keys = [*pairs, "score 7", "", "00.1", "1.", "1.0.0", "-1.0", "½.1", "1.99999999999", "x" * 5000]
+    wanted = {}
+    done = Journal(tmp_path / "out.json", {})
+    for number, key in enumerate(keys):
+        wanted[key] = {"n": number, "text": "\n\u2028ü" * rng.choice([0, 1, 3000])}
+        done.add(key, wanted[key])
+    for _ in range(2):  # as written, and as read again
+        assert dict(done.rows) == wanted and len(done.rows) == len(wanted)
+        assert all(key not in done.rows for key in ("2000.0", "0.3", "score 8", "٣.1", 7))
+        with pytest.raises(KeyError):
+            done.rows["5000.0"]
+        done.close(done=False)
+        done = Journal(tmp_path / "out.json", {})
