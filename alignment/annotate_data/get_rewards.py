@@ -225,10 +225,11 @@ def annotate(rewards, jobs: list[Job]) -> None:
 
 def summary(every: Sequence[float], responses_each: int) -> str:
     """Mean and best-of-K reward of all rewards in file order, K (`responses_each`) per prompt."""
-    best = [max(every[i : i + responses_each]) for i in range(0, len(every), responses_each)]
+    prompts = len(every) // responses_each
+    best = sum(max(every[i * responses_each : (i + 1) * responses_each]) for i in range(prompts))
     return (
-        f"{len(best)} prompts, {len(every)} responses: mean reward {sum(every) / len(every):.4f}, "
-        f"best-of-K reward {sum(best) / len(best):.4f}"
+        f"{prompts} prompts, {len(every)} responses: mean reward {sum(every) / len(every):.4f}, "
+        f"best-of-K reward {best / prompts:.4f}"
     )
 
 

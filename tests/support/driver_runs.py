@@ -37,6 +37,7 @@ def inputs(folder: Path) -> dict[str, object]:
         "TEST_START": 8,
         "TEST_END": 12,
         "KL_PROMPTS": 4,
+        "SCORE_KL": False,  # get_kl.py samples by itself
         "MAX_NEW_TOKENS": 8,
         "MAX_PROMPT_LENGTH": 24,
         "MAX_LENGTH": 40,
