@@ -16,8 +16,8 @@ lint() {
 
 # So many of the integration tests run beside the others that both processes end at about the same time. What starts
 # Ray, and so sees the other's processes, stays in one of them.
-WITH_FAULTS="tests/integration/test_[a-e]*.py tests/integration/test_training*.py"
-WITHOUT="--ignore-glob=*/test_[a-e]* --ignore-glob=*/test_training*"
+WITH_FAULTS="tests/integration/test_[a-e]*.py tests/integration/test_g[ip]*.py tests/integration/test_training*.py"
+WITHOUT="--ignore-glob=*/test_[a-e]* --ignore-glob=*/test_g[ip]* --ignore-glob=*/test_training*"
 
 # Runs pytest on each list of files, one after the other.
 in_turn() {
