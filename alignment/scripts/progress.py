@@ -62,7 +62,7 @@ def units(s: Settings, stage: str) -> float:
     prompts = s.TRAIN_END - s.TRAIN_START
     responses = sum(s.K or (2 if name in s.PAIRS else get_mixture(name).candidates) for name in rest[1:]) * prompts
     tests = s.TEST_END - s.TEST_START
-    of_evaluation = s.SCORE_KL and (s.KL_TEMPERATURE or s.TEMPERATURE) == s.EVAL_TEMPERATURE
+    of_evaluation = s.SCORE_KL and s.kl_part == "test_prompts"
     answers = models * s.EVAL_K * (tests + s.EVAL_TRAIN_END - s.TRAIN_START)
     return {
         "generate": responses * s.MAX_NEW_TOKENS,

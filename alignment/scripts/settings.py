@@ -294,6 +294,12 @@ class Settings:
     MASTER_ADDR: str = setting("localhost", TEXT, "machine of rank 0, where there are several")
     MASTER_PORT: int = setting(29500, COUNT, "its port for training, where there are several machines")
 
+    @property
+    def kl_part(self) -> str:
+        """Whose responses the KL is measured on, with SCORE_KL: the evaluation's own, where temperatures agree."""
+        agree = self.EVAL_TEMPERATURE == self.KL_TEMPERATURE and self.EVAL_K == 1
+        return "test_prompts" if agree else "kl_prompts"
+
 
 KNOWN = {option.name: option.metadata for option in fields(Settings)}
 # Headings of the help: the first setting of each group.

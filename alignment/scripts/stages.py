@@ -319,17 +319,11 @@ def kl_prompts(s: Settings) -> dict:
     return {"start": s.TEST_START, "end": s.TEST_START + s.KL_PROMPTS}
 
 
-def kl_part(s: Settings) -> str:
-    """Return whose responses the KL is measured on, with SCORE_KL: the evaluation's own, where temperatures agree."""
-    agree = s.EVAL_TEMPERATURE == s.KL_TEMPERATURE and s.EVAL_K == 1
-    return "test_prompts" if agree else "kl_prompts"
-
-
 def kl_responses(s: Settings) -> Commands:
     """Responses that the KL is measured on, of every model and of the base model; only with SCORE_KL."""
     if not s.SCORE_KL:
         return []
-    if kl_part(s) == "test_prompts":
+    if s.kl_part == "test_prompts":
         return [] if all(file.exists() for file in evaluated(s, None)) else evaluate(s)
     sampling = kl_prompts(s) | {"K": 1, "temperature": s.KL_TEMPERATURE}
     lines = {
@@ -343,7 +337,7 @@ def annotate_kl(s: Settings) -> Commands:
     """Rewards of the responses that the KL is measured on; only with SCORE_KL."""
     if not s.SCORE_KL:
         return []
-    if kl_part(s) == "test_prompts":
+    if s.kl_part == "test_prompts":
         return [] if all(file.exists() for file in evaluated(s, "rewards")) else annotate_evaluation(s)
     files = [
         [names.evaluation(s.RUN_DIR, "kl_prompts", *which, scored) for which in trained(s, 0)]
@@ -360,7 +354,7 @@ def kl(s: Settings) -> Commands:
             model_name_or_path=model(s, n, label),
             ref_model_name_or_path=s.BASE_MODEL,
             **({"trust_remote_code": switch(s.TRUST_REMOTE_CODE)} if s.SCORE_KL else sampling),
-            responses=names.evaluation(s.RUN_DIR, kl_part(s), n, label) if s.SCORE_KL else None,
+            responses=names.evaluation(s.RUN_DIR, s.kl_part, n, label) if s.SCORE_KL else None,
             temperature=s.KL_TEMPERATURE,
             scoring_dtype=s.KL_DTYPE,
             published_estimator=switch(s.PUBLISHED_ESTIMATOR),
