@@ -175,6 +175,7 @@ def test_three_models_of_unlike_shape_and_width_by_both_back_ends(place, tmp_pat
         pairs = ("--pairs", json.dumps(made["sampler"]))
         again = generate(place, output, *flags, "--temperature", 0, backend=backend, sampler=pairs)
         assert again.returncode == 0 and "already complete" in again.stdout
+    assert read_records(tmp_path / "vllm.json")[0] == read_records(tmp_path / "hf.json")[0]
     one_line_error(generate(place, output, sampler=pairs), "--previous_model_name_or_path")
 
 
