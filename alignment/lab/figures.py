@@ -106,7 +106,7 @@ def forest(study: Path, cell: str = "main"):
 def ladder(study: Path):
     """Draw the rungs, table to transformer, SGD and Adam; one panel per beta."""
     betas = [beta for beta in (0.3, 0.1) if sum(bool(rung_rows(study, rung, beta)) for rung in RUNGS) > 1]
-    figure, axes = plt.subplots(1, len(betas), figsize=(4.6 * len(betas), 3.2), squeeze=False)
+    figure, axes = plt.subplots(1, len(betas), figsize=(5.4 * len(betas), 3.2), squeeze=False)
     for axis, beta in zip(axes[0], betas, strict=True):
         for i, sampler in enumerate(SHOWN):
             labelled = False
