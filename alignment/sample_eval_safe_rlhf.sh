@@ -5,6 +5,5 @@
 source "$(dirname "$0")/scripts/common.sh" RECIPE=safe_rlhf "$@"
 
 stage evaluate              # every model answers the test prompts and the train prompts
-stage annotate_evaluation   # rewards of these responses
-stage judge                 # and the scores of JUDGE_MODEL, where there is one
+stage annotate_evaluation   # their rewards, and the scores of JUDGE_MODEL, where there is one
 stage summarize

@@ -16,6 +16,6 @@ stage train 1 online
 for ((n = 2; n <= ITERS; n++)); do
     stage generate "$n" $SAMPLERS
     stage annotate "$n" $SAMPLERS
-    for sampler in $SAMPLERS; do stage train "$n" "$sampler"; done
+    stage train "$n" $SAMPLERS
 done
 echo "trained: $RUN_DIR/models"

@@ -26,14 +26,12 @@ REFERENCE_SPEED = {"bfloat16": 405e9, "float32": 180e9}
 # the quickstart's seconds on it: to start a stage, and per unit of its work.
 SECONDS = {
     "unpack": (20, 0),
-    "reward_model": (40, 0),
-    "judge_model": (40, 0),
+    "reward_models": (40, 0),
     "generate": (14, 0.0037),
     "annotate": (5, 0.018),
     "train": (20, 0.36),
     "evaluate": (8, 0.0026),
     "annotate_evaluation": (5, 0.018),
-    "judge": (5, 0.018),
     "kl": (15, 0.005),
     "summarize": (3, 0),
 }
@@ -44,9 +42,7 @@ def plan(s: Settings) -> list[str]:
     samplers = " ".join(s.SAMPLERS)
     found = in_driver("scripts/quickstart_assets.sh") if s.RECIPE == "quickstart" else []
     for n in range(1, 0 if s.MODELS else s.ITERS + 1):
-        own = ["online"] if n == 1 else s.SAMPLERS
-        found += [f"{stage} {n} {samplers if n > 1 else 'online'}" for stage in ("generate", "annotate")]
-        found += [f"train {n} {sampler}" for sampler in own]
+        found += [f"{stage} {n} {samplers if n > 1 else 'online'}" for stage in ("generate", "annotate", "train")]
     return found + in_driver("sample_eval_safe_rlhf.sh") + in_driver("sample_kl.sh")
 
 
@@ -67,10 +63,9 @@ def units(s: Settings, stage: str) -> float:
     return {
         "generate": responses * s.MAX_NEW_TOKENS,
         "annotate": responses,
-        "train": prompts * s.EPOCHS,
+        "train": prompts * s.EPOCHS * len(rest[1:]),
         "evaluate": answers * s.MAX_NEW_TOKENS,
         "annotate_evaluation": answers,
-        "judge": answers,
         "kl": (models - 1) * (tests if of_evaluation else s.KL_PROMPTS) * s.MAX_NEW_TOKENS,
     }.get(kind, 0)
 

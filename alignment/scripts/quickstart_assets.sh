@@ -6,5 +6,4 @@ source "$(dirname "$0")/common.sh" RECIPE=quickstart "$@"
 
 stage unpack
 stage human_labels
-stage reward_model
-stage judge_model
+stage reward_models

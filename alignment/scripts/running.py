@@ -45,20 +45,37 @@ def become(command: list[str], gpus: int) -> None:
     os.execvpe(command[0], command, environment(command, gpus))
 
 
-def side_by_side(commands: list[list[str]], gpus: int) -> int:
-    """Run commands at the same time; the first that fails ends the others. Return its exit code, else 0."""
+def side_by_side(commands: list[list[str]], gpus: int, at_once: int) -> int:
+    """Run commands, `at_once` of them at the same time; the first that fails ends the others.
+
+    Returns:
+        its exit code, else 0.
+    """
     # Ctrl-C and SIGTERM go to the whole group: the commands end by themselves, and this process waits for them.
+    stopped = []
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, lambda number, _: stopped.append(number))
     sys.stdout.flush()
-    running = [subprocess.Popen(command, env=environment(command, gpus)) for command in commands]
-    code = 0
-    while running:
+    waiting, running, code = list(commands), {}, 0
+    while running or (waiting and not code and not stopped):
+        if waiting and len(running) < at_once and not code and not stopped:
+            row = min(set(range(at_once)) - set(running.values()))
+            command = waiting.pop(0)
+            variables = environment(command, gpus) | of_its_share(gpus, min(at_once, len(commands)), row)
+            running[subprocess.Popen(command, env=variables)] = row
+            continue
         time.sleep(0.2)
         for process in [p for p in running if p.poll() is not None]:
-            running.remove(process)
+            del running[process]
             if process.returncode and not code:
                 code = process.returncode if process.returncode > 0 else 128 - process.returncode
                 for other in running if code != 130 else []:  # 130: all of them were stopped
                     other.terminate()
-    return code
+    return code or (128 + stopped[0] if stopped and waiting else 0)
+
+
+def of_its_share(gpus: int, at_once: int, row: int) -> dict[str, str]:
+    """Return the variables of one of several commands: its share of the cores, a line of its own for its bar."""
+    cores = len(os.sched_getaffinity(0))
+    threads = {} if gpus or "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, cores // at_once))}
+    return {"TQDM_POSITION": str(row)} | threads if at_once > 1 else {}

@@ -289,6 +289,9 @@ class Settings:
     # Machines
     NEEDS_GPU: bool = setting(True, FLAG, "refuse to start on a machine without a GPU")
     GPUS: int = setting(None, NATURAL, "of this machine that are used; not set: all that nvidia-smi lists")
+    SIDE_BY_SIDE: int = setting(
+        1, COUNT, "that share the cores of a machine without a GPU, where a stage has several", "commands"
+    )
     NUM_MACHINES: int = setting(1, COUNT, "that run the same driver; they share RUN_DIR")
     MACHINE_RANK: int = setting(0, NATURAL, "of this machine; 0 makes the data, all train")
     MASTER_ADDR: str = setting("localhost", TEXT, "machine of rank 0, where there are several")

@@ -22,8 +22,10 @@ from common.cli import UserError, run
 from scripts import machine, names, progress, running
 from scripts.settings import Settings, show
 
+GENERATE = ("vllm", "generation/generate.py")  # environment and script
+
 Words = list[str]
-Commands = list[Words]  # of one stage: they run at the same time, and mostly there is one
+Commands = list[Words]  # of one stage: independent of each other, and mostly there is one
 
 
 def flags(**values) -> Words:
@@ -52,12 +54,17 @@ def script(environment: str, path: str, lines: list[Words]) -> Commands:
 
 
 def spread(s: Settings, environment: str, path: str, lines: list[Words]) -> Commands:
-    """Return commands that share the command lines, one for each GPU (or TENSOR_PARALLEL_SIZE of them)."""
+    """Return commands that share the command lines, one for each GPU (or TENSOR_PARALLEL_SIZE of them).
+
+    On a CPU there are SIDE_BY_SIDE of them.
+    """
     gpus, size = machine.gpu_names(s.GPUS), s.TENSOR_PARALLEL_SIZE
-    count = min(len(lines), len(gpus) // size)
+    count = min(len(lines), len(gpus) // size if s.GPUS else s.SIDE_BY_SIDE)
     if count < 2:
         return script(environment, path, lines)
     parts = [script(environment, path, lines[i::count])[0] for i in range(count)]
+    if s.GPUS == 0:
+        return parts
     own = [",".join(gpus[i * size : (i + 1) * size]) for i in range(count)]
     return [["env", f"CUDA_VISIBLE_DEVICES={names}", *part] for names, part in zip(own, parts, strict=True)]
 
@@ -138,7 +145,8 @@ def generate(s: Settings, n: int, samplers: list[str]) -> Commands:
         )
         for sampler, output in zip(samplers, outputs, strict=True)
     ]
-    return script("vllm", "generation/generate.py", lines)
+    on_a_cpu = s.GPUS == 0 and s.NUM_ENGINES is None and "RAY_ADDRESS" not in os.environ
+    return spread(s, *GENERATE, lines) if on_a_cpu else script(*GENERATE, lines)
 
 
 def rewards_of(s: Settings, inputs: list[Path], outputs: list[Path]) -> Commands:
@@ -191,10 +199,12 @@ def launcher(s: Settings) -> Words:
 
 
 def train(s: Settings, n: int, samplers: list[str]) -> Commands:
-    """The model of iteration n with one sampler, from the sampler's model of the iteration before."""
-    [sampler] = samplers
-    if shared_is_given(s, n):
-        return []
+    """The model of iteration n with each sampler, from the sampler's model of the iteration before."""
+    return [] if shared_is_given(s, n) else [training(s, n, sampler) for sampler in samplers]
+
+
+def training(s: Settings, n: int, sampler: str) -> Words:
+    """Return the command that trains the model of iteration n with one sampler."""
     together = s.PER_DEVICE_BATCH * (s.GPUS * s.NUM_MACHINES or 1)
     line = flags(
         model_name_or_path=model(s, n - 1, sampler),
@@ -236,7 +246,7 @@ def train(s: Settings, n: int, samplers: list[str]) -> Commands:
         line += flags(load_in_4bit=s.QLORA or None)
     line += flags(loss_type=s.TRL_LOSS_TYPE if s.TRAINER == "trl" else s.LOSS_TYPE)
     file = "run_trl.py" if s.TRAINER == "trl" else "run_dpo.py"
-    return [[*launcher(s), str(ALIGNMENT / "dpo_iteration" / file), *line]]
+    return [*launcher(s), str(ALIGNMENT / "dpo_iteration" / file), *line]
 
 
 def shared_is_given(s: Settings, n: int) -> bool:
@@ -279,8 +289,7 @@ def answers(s: Settings, lines: dict[tuple[int | None, str], dict]) -> Commands:
         flags(model_name_or_path=model(s, *which), **prompts(s), sampler="online", **own, **shared)
         for which, own in lines.items()
     ]
-    path = "generation/generate.py"
-    return script("vllm", path, words) if by_ray else spread(s, "vllm", path, words)
+    return script(*GENERATE, words) if by_ray else spread(s, *GENERATE, words)
 
 
 def evaluate(s: Settings) -> Commands:
@@ -303,15 +312,12 @@ def evaluated(s: Settings, scored: str | None) -> list[Path]:
 
 
 def annotate_evaluation(s: Settings) -> Commands:
-    """Rewards of all evaluated responses."""
-    return rewards_of(s, evaluated(s, None), evaluated(s, "rewards"))
-
-
-def judge(s: Settings) -> Commands:
-    """Scores of all evaluated responses by the second reward model, where there is one."""
-    if not s.JUDGE_MODEL:
-        return []
-    return score(s, s.JUDGE_MODEL, s.JUDGE_TEMPLATE, evaluated(s, None), evaluated(s, "judge"))
+    """Rewards of all evaluated responses, and their scores by the second reward model, where there is one."""
+    responses = evaluated(s, None)
+    commands = rewards_of(s, responses, evaluated(s, "rewards"))
+    if s.JUDGE_MODEL:
+        commands += score(s, s.JUDGE_MODEL, s.JUDGE_TEMPLATE, responses, evaluated(s, "judge"))
+    return commands
 
 
 def kl_prompts(s: Settings) -> dict:
@@ -398,14 +404,9 @@ def human_labels(s: Settings) -> Commands:
     return script(unpacker(), "reward_model/human_labels.py", [flags(output_dir=s.ASSETS)])
 
 
-def reward_model(s: Settings) -> Commands:
-    """The reward model of the quickstart, from human labels."""
-    return scorer(s, "reward_model", "reward_pairs.jsonl", seed=0)
-
-
-def judge_model(s: Settings) -> Commands:
-    """The quickstart's judge: it learns what other people said of other prompts than the reward model."""
-    return scorer(s, "judge", "judge_pairs.jsonl", seed=1)
+def reward_models(s: Settings) -> Commands:
+    """The quickstart's reward model, and its judge, which learns what other people said of other prompts."""
+    return scorer(s, "reward_model", "reward_pairs.jsonl", seed=0) + scorer(s, "judge", "judge_pairs.jsonl", seed=1)
 
 
 def scorer(s: Settings, name: str, pairs: str, seed: int) -> Commands:
@@ -428,10 +429,25 @@ STAGES = {
     stage.__name__: stage
     for stage in (
         *(generate, annotate, train),
-        *(evaluate, annotate_evaluation, judge, kl_responses, annotate_kl, kl, summarize, compare_seeds),
-        *(unpack, human_labels, reward_model, judge_model),
+        *(evaluate, annotate_evaluation, kl_responses, annotate_kl, kl, summarize, compare_seeds),
+        *(unpack, human_labels, reward_models),
     )
 }
+
+
+def labels(stage: str, rest: Words, count: int) -> Words:
+    """Return what a stage's commands are called: training has one per sampler."""
+    if stage == "train":
+        return [f"train {rest[0]} {sampler}" for sampler in rest[1:]][:count]
+    return [" ".join((stage, *rest))] * count
+
+
+def at_once(s: Settings, commands: Commands) -> int:
+    """Return how many of a stage's commands run at the same time: those with GPUs of their own, else one, but
+    on a CPU SIDE_BY_SIDE."""
+    if s.GPUS == 0:
+        return s.SIDE_BY_SIDE
+    return sum(command[0] == "env" for command in commands) or 1
 
 
 def main() -> None:
@@ -445,13 +461,13 @@ def main() -> None:
     commands = STAGES[stage](s, int(rest[0]), rest[1:]) if rest else STAGES[stage](s)
     if not s.DRY_RUN and (where := progress.line(s, " ".join((stage, *rest)))):
         print(f"\n{where}", flush=True)
-    for command in commands:
-        print(f"\n[{' '.join((stage, *rest))}] {shlex.join(command)}", flush=True)
+    for label, command in zip(labels(stage, rest, len(commands)), commands, strict=True):
+        print(f"\n[{label}] {shlex.join(command)}", flush=True)
     if s.DRY_RUN:
         return
     if len(commands) == 1:
         running.become(commands[0], s.GPUS)
-    if code := running.side_by_side(commands, s.GPUS):
+    if code := running.side_by_side(commands, s.GPUS, at_once(s, commands)):
         raise SystemExit(code)
 
 

@@ -124,7 +124,7 @@ def test_mixp_of_the_two_experiments():
 
 def test_evaluation_covers_every_model_on_test_and_train_prompts():
     commands = plan("sample_eval_safe_rlhf.sh", RUN_DIR="/run", JUDGE_MODEL="judge/model", GPUS=1)
-    assert [stage for stage, _ in commands] == ["evaluate", "annotate_evaluation", "judge", "summarize"]
+    assert [stage for stage, _ in commands] == ["evaluate", *["annotate_evaluation"] * 2, "summarize"]
     generations = in_turn(dict(commands)["evaluate"])
     assert len(generations) == 2 + 2 * 4
     assert flag(generations[0], "--model_name_or_path") == "PKU-Alignment/alpaca-7b-reproduced"
@@ -134,11 +134,8 @@ def test_evaluation_covers_every_model_on_test_and_train_prompts():
     written = [name for words in generations for name in values(words, "--output_file")]
     assert "/run/eval/test_prompts/base_iter0.json" in written
     assert "/run/eval/train_prompts/mixp_iter3.json" in written
-    for stage, scorer, suffix in (
-        ("annotate_evaluation", "sfairXC/FsfairX-LLaMA3-RM-v0.1", "_rewards"),
-        ("judge", "judge/model", "_judge"),
-    ):
-        words = dict(commands)[stage]
+    scorers = [("sfairXC/FsfairX-LLaMA3-RM-v0.1", "_rewards"), ("judge/model", "_judge")]
+    for (scorer, suffix), (_, words) in zip(scorers, commands[1:3], strict=True):
         assert flag(words, "--reward_name_or_path") == scorer
         assert values(words, "--dataset_name_or_path") == written
         assert values(words, "--output_file") == [name.replace(".json", f"{suffix}.json") for name in written]
@@ -406,6 +403,23 @@ def test_settings_reach_their_flags():
     assert any(word.endswith("run_trl.py") for word in trl)
 
 
+def test_how_many_commands_run_at_once():
+    alone, with_gpus = ["python", "x.py"], ["env", "CUDA_VISIBLE_DEVICES=0", "python", "x.py"]
+    assert stages.at_once(Settings(GPUS=0, SIDE_BY_SIDE=2), [alone] * 4) == 2
+    assert stages.at_once(Settings(GPUS=8, SIDE_BY_SIDE=2), [alone] * 4) == 1  # each takes all GPUs
+    assert stages.at_once(Settings(GPUS=8), [with_gpus] * 4) == 4
+
+
+def test_side_by_side_divides_the_models_and_loses_none(tmp_path):
+    given = {"RECIPE": "quickstart", "RUN_DIR": tmp_path}
+    alone, both = (plan("sample_eval_safe_rlhf.sh", SIDE_BY_SIDE=n, **given) for n in (1, 2))
+    of = [
+        [line for stage, words in commands if stage == "evaluate" for line in in_turn(words)]
+        for commands in (alone, both)
+    ]
+    assert sorted(of[0]) == sorted(of[1]) and sum(stage == "evaluate" for stage, _ in both) == 2
+
+
 def test_the_ablation_gives_every_seed_the_same_first_iteration():
     words = settings(DRY_RUN=1, RUN_DIR="/study", SEEDS="4 5", SAMPLERS="online pilaf")
     result = bash("alignment/sample_ablation.sh", *words)
@@ -413,9 +427,10 @@ def test_the_ablation_gives_every_seed_the_same_first_iteration():
     lines = re.findall(r"^\[(.+?)\] (.+)$", result.stdout, re.MULTILINE)
     expected = ["generate 1 online", "annotate 1 online", "train 1 online"]
     for seed in (4, 5):
-        train = ["generate 2 online pilaf", "annotate 2 online pilaf", "train 2 online", "train 2 pilaf"]
-        evaluate = ["evaluate", "annotate_evaluation", "judge", "summarize"]
-        kl = ["kl_responses", "annotate_kl", "kl", "summarize"]  # nothing is there yet that would serve both
+        # Two commands side by side, in most stages. Nothing is there yet that would serve both evaluation and KL.
+        train = [*["generate 2 online pilaf"] * 2, "annotate 2 online pilaf", "train 2 online", "train 2 pilaf"]
+        evaluate = ["evaluate", "evaluate", "annotate_evaluation", "annotate_evaluation", "summarize"]
+        kl = ["kl_responses", "kl_responses", "annotate_kl", "annotate_kl", "kl", "kl", "summarize"]
         for rest in (train, evaluate, kl):
             expected += [f"seed {seed}", *rest]
     assert [stage for stage, _ in lines] == [*expected, "compare_seeds"]

@@ -23,13 +23,45 @@ def test_commands_run_at_the_same_time(tmp_path):
     """Each waits for the other's file."""
     code = "import pathlib, time\npathlib.Path({!r}).touch()\nwhile not pathlib.Path({!r}).exists(): time.sleep(.01)"
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
-    assert running.side_by_side([python(code.format(a, b)), python(code.format(b, a))], 0) == 0
+    assert running.side_by_side([python(code.format(a, b)), python(code.format(b, a))], 0, 2) == 0
 
 
 def test_the_first_failure_ends_the_others():
     began = time.monotonic()
-    assert running.side_by_side([python("raise SystemExit(3)"), python("import time; time.sleep(600)")], 0) == 3
+    assert running.side_by_side([python("raise SystemExit(3)"), python("import time; time.sleep(600)")], 0, 2) == 3
     assert time.monotonic() - began < 300
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_no_more_than_asked_for_run_at_once(at_once, tmp_path):
+    """Each writes down who else is there; all five run, also after one that is slow."""
+    code = (
+        "import os, pathlib, time; here = pathlib.Path({0!r}); mine = here / 'running{1}'; mine.touch()\n"
+        "time.sleep(.1 + .5 * ({1} == 0)); count = len(list(here.glob('running*'))); mine.unlink()\n"
+        "text = f'{{count}} ' + os.environ.get('OMP_NUM_THREADS', '') + ' ' + os.environ.get('TQDM_POSITION', '')\n"
+        "(here / 'done{1}').write_text(text)"
+    )
+    commands = [python(code.format(str(tmp_path), i)) for i in range(5)]
+    assert running.side_by_side(commands, 0, at_once) == 0
+    found = [(tmp_path / f"done{i}").read_text().split(" ") for i in range(5)]
+    assert max(int(count) for count, _, _ in found) <= at_once
+    assert {row for _, _, row in found} == ({""} if at_once == 1 else set(map(str, range(at_once))))
+
+
+def test_commands_share_the_cores(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
+    assert running.of_its_share(gpus=0, at_once=2, row=1) == {"TQDM_POSITION": "1", "OMP_NUM_THREADS": "4"}
+    assert running.of_its_share(gpus=0, at_once=99, row=0)["OMP_NUM_THREADS"] == "1"
+    assert "OMP_NUM_THREADS" not in running.of_its_share(gpus=4, at_once=2, row=0)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")  # the user's own wins
+    assert "OMP_NUM_THREADS" not in running.of_its_share(gpus=0, at_once=2, row=0)
+
+
+def test_nothing_starts_after_a_failure(tmp_path):
+    code = f"import pathlib; pathlib.Path({str(tmp_path / 'started')!r}).touch()"
+    assert running.side_by_side([python("raise SystemExit(3)"), python(code)], 0, 1) == 3
+    assert not (tmp_path / "started").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -42,7 +74,7 @@ def test_a_stop_reaches_all_and_is_waited_for(number, tmp_path):
     files = [tmp_path / "a", tmp_path / "b"]
     commands = [python(stage.format(str(file))) for file in files]
     process = subprocess.Popen(
-        [sys.executable, "-c", f"{MAIN} raise SystemExit(running.side_by_side({commands!r}, 0))"],
+        [sys.executable, "-c", f"{MAIN} raise SystemExit(running.side_by_side({commands!r}, 0, 2))"],
         start_new_session=True,
     )
     while not all(file.exists() for file in files):
