@@ -43,6 +43,7 @@ def parser() -> Parser:
         type=positive_int,
         default=96,
     )
+    flags.add("--first_layers", "keep the first N layers of the model only; without it all", type=positive_int)
     flags.add(
         "--trainable_layers",
         "train only the last N layers and the head; without it all",
@@ -133,7 +134,8 @@ def train(args, tokenizer, pairs: list[dict], folder: Path):
     from reward_model.bradley_terry import BradleyTerryTrainer, freeze_all_but_last, pair_tokens
 
     set_seed(args.seed)  # the new head is drawn when the model is loaded
-    model = load_reward_model(args.model_name_or_path, "float32", needs_head=False, num_labels=1)
+    kept = {"num_hidden_layers": layers_kept(args)} if args.first_layers else {}
+    model = load_reward_model(args.model_name_or_path, "float32", needs_head=False, num_labels=1, **kept)
     if args.trainable_layers:
         freeze_all_but_last(model, args.trainable_layers)
     shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed
@@ -157,6 +159,14 @@ def train(args, tokenizer, pairs: list[dict], folder: Path):
     trainer = BradleyTerryTrainer(model, arguments, pair_tokens(tokenizer, pairs))
     trainer.train()
     return trainer
+
+
+def layers_kept(args) -> int:
+    """Return --first_layers. Raises `UserError` where the model has fewer: the rest would be random."""
+    config = load_config(args.model_name_or_path, "model").get_text_config()
+    if args.first_layers > config.num_hidden_layers:
+        raise UserError(f"--first_layers {args.first_layers}: the model has {config.num_hidden_layers} layers")
+    return args.first_layers
 
 
 def save(model, tokenizer, folder: Path) -> None:

@@ -173,6 +173,22 @@ def test_frozen_layers_do_not_move(tmp_path, monkeypatch):
         freeze_all_but_last(AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm"), 4)
 
 
+def test_the_first_layers_alone_are_kept(tmp_path, monkeypatch, capsys):
+    """Layers 0 and 1 of 3: the first as it was, the second trained, the third gone."""
+    model, data = save_tiny_policy(tmp_path / "m", seed=1, layers=3), separable_pairs(tmp_path / "pairs.jsonl")
+    more = ("--max_steps", 3, "--trainable_layers", 1, "--first_layers")
+    train(monkeypatch, model, data, tmp_path / "rm", *more, 2)
+    old, new = (load_file(folder / "model.safetensors") for folder in (model, tmp_path / "rm"))
+    moved = {name for name in new if name not in old or not torch.equal(old[name], new[name])}
+    layers = {name for name in old if name.startswith("model.layers.")}
+    assert {name for name in new if name.startswith("model.layers.")} == {n for n in layers if ".2." not in n}
+    assert moved == {n for n in layers if ".1." in n} | {"model.norm.weight", "score.weight"}
+    assert RewardScorer(str(tmp_path / "rm")).model.config.num_hidden_layers == 2
+    with pytest.raises(SystemExit) as refused:
+        train(monkeypatch, model, data, tmp_path / "none", *more, 4)
+    assert refused.value.code == 2 and "--first_layers 4: the model has 3 layers" in capsys.readouterr().err
+
+
 def test_saved_model_brings_its_own_text_form(tmp_path, monkeypatch):
     train(
         monkeypatch,
