@@ -10,9 +10,17 @@ the largest
     v   w d^T V^-1 I V^-1 d / (1 + w d^T V^-1 d): the loss of tr(I V^-1), I the Fisher information of the policy,
         arXiv 2606.19607
 
-Of all four sources (the fourth: `g-hybrid` in sampling.py) the abstracts and summaries could be read, the papers'
-algorithms could not: V starts at the identity, features are those at the time of collection, and for the transformer
-those of its head, as ADPO takes the last layer.
+What was checked, and what is other here (docs/samplers.md has the same by row):
+
+    d   the paper's text, its eq. 10 and Algorithm 1. There V = gamma 1 + sum beta^2 w d d^T, which is beta^2 times
+        ours at gamma = beta^2; the choice is among prompts, each at most once, and theta is fitted anew
+    g   a public summary with the formulas. There gradients are of a LoRA, projected at random and
+        scaled to length 1 against a bias of length; responses here have one length
+    v   a public summary with the formulas. There the design is one distribution over pairs, solved
+        at the reference; here it is the greedy step at the current policy
+
+Features are those at the time of collection, and for the transformer the gradients of its head; ADPO takes the last
+hidden state. `g-hybrid` in sampling.py follows an abstract.
 """
 
 import torch

@@ -30,7 +30,9 @@ class LabSampler:
     design: str | None = None
 
 
-ALPHA = 0.03  # SELM's code: 0.001, without effect in runs as short as these
+# SELM's code: 0.001 and 0.0001; XPO's paper, by a public summary: 1e-5 falling to 0, not times beta. Without effect
+# in runs as short as these.
+ALPHA = 0.03
 ONLINE = MIXTURES["online"]
 # Of eight candidates from the policy a design takes two; (0, 0) is the uniform law.
 POOL = Mixture(always((1.0, 0.0), (1.0, 0.0)), "two of 8 on-policy responses by a design", candidates=8)
@@ -38,9 +40,11 @@ UNIFORM = WeightPair(0.5, (0.0, 0.0), (0.0, 0.0))
 # Rows that exist in the lab alone; the pipeline has no such loss, choice or check.
 LAB_ONLY = {
     "online-null": LabSampler(ONLINE, stream=1),
-    # XPO, arXiv 2405.21046, as in TRL's XPOTrainer: + alpha log pi(y2), y2 the pair's response of the reference.
+    # XPO, arXiv 2405.21046, as in TRL's XPOTrainer: + alpha log pi(y2), y2 the pair's response of the reference. The
+    # paper's sum runs over all pairs so far, here over those of the update.
     "xpo-bonus": LabSampler(MIXTURES["xpo"], bonus="pair"),
-    # SELM, arXiv 2405.19332, as in its selm_trainer.py: + alpha beta log(pi/pi_ref) of a response of the reference.
+    # SELM, arXiv 2405.19332, as in its selm_trainer.py: + alpha beta log(pi/pi_ref) of a response of the reference;
+    # there one greedy response, of a reference that is each iteration's first policy.
     "selm": LabSampler(ONLINE, bonus="reference"),
     "temperature": LabSampler(
         Mixture(always((1.5, 0.0), (0.5, 0.0)), "mixp without its reference: policy at T = 2/3 x policy at T = 2")
@@ -49,7 +53,7 @@ LAB_ONLY = {
     "g-optimal": LabSampler(POOL, design="g"),
     "v-optimal": LabSampler(POOL, design="v"),
     # Half on-policy, half a G-optimal design that owes nothing to the policy: after arXiv 2601.08421 ("preferential
-    # G-optimal design", its abstract). Here a greedy choice among 8 uniform responses.
+    # G-optimal design"), of which the abstract alone could be read. Here a greedy choice among 8 uniform responses.
     "g-hybrid": LabSampler(
         Mixture(
             lambda beta: (WeightPair(0.5, (1.0, 0.0), (1.0, 0.0)), UNIFORM),
