@@ -84,15 +84,23 @@ def tangent_kernel(setting: Setting, env: Environment, parameters, learner: str,
     Args:
         parameters: the transformers' at the optimum, [seeds, D].
     """
-    if learner == "transformer":
+    own = parameters[seed] if learner == "transformer" else None
+    jacobian = jacobian_of(dataclasses.replace(setting, learner=learner), env, own, seed).double()
+    return jacobian @ jacobian.mT
+
+
+def jacobian_of(setting: Setting, env: Environment, parameters: torch.Tensor | None, seed: int) -> torch.Tensor:
+    """Return the gradients of all responses' log-probabilities, [P N, D]; of their scores for table and linear.
+
+    Args:
+        parameters: the transformer's, [D].
+    """
+    if setting.learner == "transformer":
         model = Transformer(setting)
         logps = lambda theta: model(theta.unsqueeze(0))[0].flatten()  # noqa: E731
-        jacobian = torch.func.jacrev(logps, chunk_size=64)(parameters[seed])
-    else:
-        model, start = make_learner(dataclasses.replace(setting, learner=learner), env.reference, env.ref_logps)
-        jacobian = model.features(start[:1], None)[0].flatten(0, 1)
-    jacobian = jacobian.double()
-    return jacobian @ jacobian.mT
+        return torch.func.jacrev(logps, chunk_size=64)(parameters)
+    model, start = make_learner(setting, env.reference, env.ref_logps)
+    return model.features(start[:1], None)[0].flatten(0, 1)
 
 
 def root_of(hessian: torch.Tensor) -> torch.Tensor:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from commands import PROJECT
-from lab import curvature, design, intervals, sampling, train
+from lab import curvature, design, intervals, noise, sampling, train
 from lab.checkpoint import load_checkpoint, save_checkpoint
 from lab.environment import Environment, Setting, exact_values, make_environment
-from lab.learners import Scores, Transformer, structure
+from lab.learners import Scores, Transformer, make_learner, structure
 from lab.tree import mixed, next_token_logps, response_logps, responses
 from scipy import special, stats
 from transformers import GPT2LMHeadModel
@@ -150,10 +150,10 @@ def test_mixing_tokens_with_weights_of_one_model_gives_that_model():
 
 def test_labels_are_bradley_terrys_with_flips():
     uniforms = (torch.arange(10_000) + 0.5) / 10_000
-    for margin, noise in itertools.product((-3.0, 0.0, 0.7), (0.0, 0.2, 0.5)):
-        share = sampling.first_wins(torch.full((10_000,), margin), noise, uniforms).double().mean().item()
+    for margin, flips in itertools.product((-3.0, 0.0, 0.7), (0.0, 0.2, 0.5)):
+        share = sampling.first_wins(torch.full((10_000,), margin), flips, uniforms).double().mean().item()
         wins = 1 / (1 + math.exp(-margin))
-        assert share == pytest.approx((1 - noise) * wins + noise * (1 - wins), abs=2e-4)
+        assert share == pytest.approx((1 - flips) * wins + flips * (1 - wins), abs=2e-4)
 
 
 @pytest.mark.parametrize("name", [n for n in TWO_MODELS if MIXTURES[n].candidates > 2])
@@ -318,6 +318,58 @@ def test_the_curvature_is_autograds_hessian_of_the_expected_loss(env, name):
         found = curvature.eigenvalues(kernel, curvature.root_of(hessian))
         size = min(len(found), len(expected))
         np.testing.assert_allclose(found[:size], expected[:size], atol=1e-6 * expected[0])
+
+
+@pytest.mark.parametrize("learner", ["table", "linear", "transformer"])
+@pytest.mark.parametrize("name", ["online", "gshf", "theory"])
+def test_gain_and_noise_of_a_step_are_sums_over_pairs_and_labels(learner, name):
+    """Every pair, both labels, by autograd through the training's own loss; so is the gap's Hessian."""
+    setting = dataclasses.replace(SMALL, learner=learner, length=2, width=4)
+    env, rows, row = make_environment(setting, [0, 1], fit_steps=20), torch.tensor([1]), sampling.lab_sampler(name)
+    model, start = make_learner(setting, env.reference, env.ref_logps)
+    theta = start[1:2] + torch.randn(1, start.shape[1], generator=torch.Generator().manual_seed(4)) * 0.1
+    theta.requires_grad_()
+    logps, nodes = model(theta, rows)
+    law = sampling.pair_law(row.row, setting.beta, nodes.detach(), env.ref_nodes[rows], 2)[0]
+    runs, mean, covariance = train.Runs([row], torch.ones(1), rows), 0, 0
+    for prompt in range(2):
+        shares, gradients = [], []
+        for chosen, rejected in itertools.product(range(9), repeat=2):
+            both = law[prompt, chosen, rejected] + law[prompt, rejected, chosen]
+            wins = (env.rewards[1, prompt, chosen] - env.rewards[1, prompt, rejected]).sigmoid()
+            pair = (torch.tensor([[y]]) for y in (chosen, rejected, rejected))
+            loss = train.loss_of(setting, env, runs, logps, train.Pairs(torch.tensor([prompt]), *pair))
+            gradients.append(torch.autograd.grad(loss, theta, retain_graph=True)[0][0].double())
+            shares.append(float(both * wins))
+        shares, gradients = torch.tensor(shares).double(), torch.stack(gradients)
+        assert shares.sum() == pytest.approx(1)
+        own = shares @ gradients
+        mean, covariance = (
+            mean + own / 2,
+            covariance + ((gradients.mT * shares) @ gradients - torch.outer(own, own)) / 2,
+        )
+
+    def gap(t: torch.Tensor) -> torch.Tensor:
+        return exact_values(model(t, rows)[0], env.ref_logps[rows], env.rewards[rows], setting.beta)[0, 0]
+
+    slope = torch.autograd.grad(gap(theta), theta)[0][0].double()
+    hessian = torch.autograd.functional.hessian(gap, theta.detach())[0, :, 0].double()
+    point = noise.point_at(setting, env, model, theta.detach(), 1)
+    for optimizer in ("sgd", "adam"):
+        scale = torch.ones(len(mean)).double()
+        if optimizer == "adam":
+            scale = (mean**2 + covariance.diagonal() / setting.pairs).clamp(min=1e-20).rsqrt()
+        found = noise.step_of(setting, env, point, row.row, optimizer)
+        bent = scale.unsqueeze(1) * hessian * scale
+        expected = (slope @ (scale * mean), mean @ bent @ mean, (bent * covariance).sum())
+        np.testing.assert_allclose(found, [float(x) for x in expected], rtol=2e-3)
+
+
+def test_the_gain_of_a_step_is_the_parabolas_minimum():
+    step = noise.Step(0.3, 0.7, 4.0)
+    lowest = min(-s * 0.3 + s**2 / 2 * (0.7 + 4.0 / 8) for s in np.linspace(0, 1, 10001))
+    assert step.gain(8) == pytest.approx(-lowest, rel=1e-6) and step.gain(math.inf) == pytest.approx(0.3**2 / 1.4)
+    assert noise.Step(-0.3, 0.7, 4.0).gain(8) == 0 and math.isnan(noise.Step(0.3, -0.7, 0.0).gain(8))
 
 
 # --- Intervals --------------------------------------------------------------------------------------------------
