@@ -156,12 +156,17 @@ MIXTURES = {
 _FAMILY = re.compile(r"mix[:_]([^:_,]+)[_,]([^:_,]+)[_,]([^:_,]+)")
 
 
+# `online-null` is `online` with other random numbers, in the pipeline and in the lab: it shows what chance does.
+NULL = "-null"
+
+
 def get_mixture(name: str) -> Mixture:
-    """Return a row of the table, or the family's member `mix_A_B_P`, see `family`.
+    """Return a row of the table, or the family's member `mix_A_B_P`, see `family`; `NAME-null` is the row of NAME.
 
     Raises:
         ValueError: the name is neither.
     """
+    name = name.removesuffix(NULL)
     if name in MIXTURES:
         return MIXTURES[name]
     if not name.startswith(("mix:", "mix_")):

@@ -56,7 +56,8 @@ def parser() -> Parser:
     """Return the flags: those of a cell, and one for each field of `Setting`."""
     p = Parser(__doc__)
     names = ", ".join([*MIXTURES, *LAB_ONLY])
-    p.add("--samplers", f"names: {names}, mix_A_B_P", nargs="+", default=["online", "online-null", "gshf", "offline"])
+    about = f"names: {names}, mix_A_B_P; NAME-null: NAME with other random numbers"
+    p.add("--samplers", about, nargs="+", default=["online", "online-null", "gshf", "offline"])
     p.add("--lrs", "learning rates (default: a grid that suits learner and optimizer)", nargs="+", type=float)
     p.add("--seeds", "number of environments", type=int, default=10)
     p.add("--first_seed", "first environment", type=int, default=0)

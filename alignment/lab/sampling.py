@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from lab.tree import level_sizes, mixed, response_logps
 
-from bandit.mixtures import MIXTURES, Mixture, WeightPair, always, get_mixture
+from bandit.mixtures import MIXTURES, NULL, Mixture, WeightPair, always, get_mixture
 from dpo_iteration.pairs import CHOOSE_TYPES
 
 
@@ -39,7 +39,6 @@ POOL = Mixture(always((1.0, 0.0), (1.0, 0.0)), "two of 8 on-policy responses by 
 UNIFORM = WeightPair(0.5, (0.0, 0.0), (0.0, 0.0))
 # Rows that exist in the lab alone; the pipeline has no such loss, choice or check.
 LAB_ONLY = {
-    "online-null": LabSampler(ONLINE, stream=1),
     # XPO, arXiv 2405.21046, as in TRL's XPOTrainer: + alpha log pi(y2), y2 the pair's response of the reference. The
     # paper's sum runs over all pairs so far, here over those of the update.
     "xpo-bonus": LabSampler(MIXTURES["xpo"], bonus="pair"),
@@ -76,7 +75,7 @@ def lab_sampler(name: str) -> LabSampler:
     row = get_mixture(name)
     if row.third_model:
         raise ValueError(f"sampler {name!r} weighs three models, the lab has two")
-    return LabSampler(row)
+    return LabSampler(row, stream=int(name.endswith(NULL)))
 
 
 # --- Responses --------------------------------------------------------------------------------------------------

@@ -16,8 +16,9 @@ import time
 from pathlib import Path
 
 ALIGNMENT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ALIGNMENT))
+sys.path[:0] = [str(ALIGNMENT.parent), str(ALIGNMENT)]
 
+from bandit.mixtures import NULL
 from common.cli import UserError, run
 from scripts import machine, names, progress, running
 from scripts.settings import Settings, show
@@ -140,13 +141,18 @@ def generate(s: Settings, n: int, samplers: list[str]) -> Commands:
             temperature=s.TEMPERATURE,
             **engine(s),
             **engines(s, s.TENSOR_PARALLEL_SIZE),
-            seed=s.SEED * 1000 + n,
+            seed=seed_of(s, sampler) * 1000 + n,
             output_file=output,
         )
         for sampler, output in zip(samplers, outputs, strict=True)
     ]
     on_a_cpu = s.GPUS == 0 and s.NUM_ENGINES is None and "RAY_ADDRESS" not in os.environ
     return spread(s, *GENERATE, lines) if on_a_cpu else script(*GENERATE, lines)
+
+
+def seed_of(s: Settings, sampler: str) -> int:
+    """Return the seed of a sampler's responses and training: the run's own, but another for `NAME-null`."""
+    return s.SEED + 500_000 * sampler.endswith(NULL)
 
 
 def rewards_of(s: Settings, inputs: list[Path], outputs: list[Path]) -> Commands:
@@ -214,7 +220,7 @@ def training(s: Settings, n: int, sampler: str) -> Words:
         choose_type=s.CHOOSE_TYPE,
         length_penalty=s.LENGTH_PENALTY,
         labels=None if s.LABELS == "margin" else s.LABELS,
-        label_seed=None if s.LABELS == "margin" else s.SEED,
+        label_seed=None if s.LABELS == "margin" else seed_of(s, sampler),
         label_noise=s.LABEL_NOISE or None,
         beta=s.BETA,
         margin_scale=s.MARGIN_SCALE,
@@ -233,7 +239,7 @@ def training(s: Settings, n: int, sampler: str) -> Words:
         save_steps=s.SAVE_STEPS,
         save_minutes=s.SAVE_MINUTES,
         report_to=s.REPORT_TO,
-        seed=s.SEED,
+        seed=seed_of(s, sampler),
         bf16=s.BF16,
         save_dtype=s.SAVE_DTYPE,
         attn_implementation=s.ATTENTION,

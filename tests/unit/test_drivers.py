@@ -8,6 +8,7 @@ import pytest
 from commands import bash, settings
 from plans import fake_nvidia_smi, flag, in_turn, plan, refused, values
 
+from bandit.mixtures import get_mixture
 from evaluation import get_kl
 from scripts import machine, stages
 from scripts.settings import Settings
@@ -55,6 +56,19 @@ def test_every_iteration_samples_anew():
     commands = plan(TRAIN, SAMPLERS="offline")
     seeds = [flag(words, "--seed") for stage, words in commands if stage.startswith("generate")]
     assert len(set(seeds)) == 3
+
+
+def test_a_null_is_its_sampler_with_other_random_numbers():
+    commands = dict(plan(TRAIN, SAMPLERS="mixp mixp-null", ITERS=2, LABELS="sampled", RUN_DIR="/run"))
+    mixp, null = in_turn(commands["generate 2 mixp mixp-null"])
+    assert flag(mixp, "--sampler") == "mixp" and flag(null, "--sampler") == "mixp-null"
+    assert get_mixture("mixp-null") is get_mixture("mixp")
+    assert flag(mixp, "--seed") != flag(null, "--seed")
+    mixp, null = commands["train 2 mixp"], commands["train 2 mixp-null"]
+    assert all(flag(mixp, name) != flag(null, name) for name in ("--seed", "--label_seed"))
+    own = ("--seed", "--label_seed", "--train_file", "--output_dir")
+    changed = [before for before, a, b in zip(["", *mixp], mixp, null, strict=False) if a != b]
+    assert sorted(changed) == sorted(own)  # nothing else differs
 
 
 # The published settings, from the paper's appendix.
