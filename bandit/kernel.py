@@ -157,19 +157,25 @@ def gain_of(by_rule, rate, beta, num_actions, scale, total):
 
 @compiled
 def sum_pairs(delta, e, powers, keep, constant, cap, a, b, c, d, out):
-    """out_y = sum_y' w (P* - sigma(d)), equation (3); return Z and the sum of |delta| over all ordered pairs."""
-    total, distance = 0.0, 0.0
+    """out_y = sum_y' w (P* - sigma(d)), equation (3); return Z and the sum of |delta| over all ordered pairs.
+
+    Each pair is visited once: what it adds to y it takes from y'.
+    """
+    total, distance, diagonal = 0.0, 0.0, 0.0
     for i in range(delta.size):
         ai, bi, ci, di, ei, pi, vi = a[i], b[i], c[i], d[i], e[i], powers[i], delta[i]
         force = 0.0
-        for j in range(delta.size):
+        for j in range(i):
             w = min(constant + ai * b[j] + bi * a[j] + ci * d[j] + di * c[j], cap)
             above = keep * (pi - powers[j]) * (ei + e[j]) - (ei - e[j]) * (pi + powers[j])
-            force += w * above / ((pi + powers[j]) * (ei + e[j]))
+            half = w * above / (2 * (pi + powers[j]) * (ei + e[j]))
+            force += half
+            out[j] -= half
             total += w
             distance += abs(vi - delta[j])
-        out[i] = force / 2
-    return total, distance
+        out[i] = force
+        diagonal += min(constant + 2 * (ai * bi + ci * di), cap)
+    return 2 * total + diagonal, 2 * distance
 
 
 @compiled

@@ -2,13 +2,15 @@
 
 Reads   standard input: what the benchmarks printed; what stands above the first `## ` is about the machine.
 Writes  the results file, in which sections that were not measured again stay as they are. Its first section is a
-        table of all ratios that are to reach something, beside it and beside their limit.
+        table of all ratios that are to reach something, beside it and beside their limit. With titles after the
+        file's name only these sections of it stay.
 
     bash benchmarks/run_all.sh        uses it
 """
 
 import re
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 sys.path[:] = [str(Path(__file__).resolve().parents[1]), *sys.path]
@@ -45,9 +47,13 @@ def reached(ratio: str, aim: str) -> bool:
     return value >= wanted if aim.startswith(">") else value <= wanted
 
 
-def merged(old: str, new: str) -> str:
-    """`old` with the sections of `new`, new titles at the end; the overview of all comes first."""
-    parts = sections(old) | sections(new)
+def merged(old: str, new: str, keep: Collection[str] | None = None) -> str:
+    """`old` with the sections of `new`, new titles at the end; the overview of all comes first.
+
+    Args:
+        keep: the titles of `old` that stay; None: all.
+    """
+    parts = {title: part for title, part in sections(old).items() if keep is None or title in keep} | sections(new)
     head = parts.pop("")
     parts.pop(OVERVIEW, None)
     return "\n\n".join((head, overview(parts), *parts.values())) + "\n"
@@ -55,4 +61,5 @@ def merged(old: str, new: str) -> str:
 
 if __name__ == "__main__":
     path = Path(sys.argv[1])
-    path.write_text(merged(path.read_text() if path.exists() else "", sys.stdin.read()))
+    old = path.read_text() if path.exists() else ""
+    path.write_text(merged(old, sys.stdin.read(), sys.argv[2:] or None))

@@ -20,14 +20,19 @@ RESULTS=benchmarks/results/$("$PYTHON" benchmarks/machine.py --name).md
 mkdir -p benchmarks/results
 MACHINE=$("$PYTHON" benchmarks/machine.py)
 RUN="The machine as the last measured section found it; sections may be of other runs: the last was ${STAGES[*]}."
+ALL="" TOOK=""
 for stage in "${STAGES[@]}"; do
     echo "run_all.sh: $stage" >&2
-    tables=$("$PYTHON" "benchmarks/$stage.py") || die "$stage failed"
-    printf '# Benchmarks\n\n%s\n\n%s\n\n%s\n' "$RUN" "$MACHINE" "$(sed -n '/^## /,$p' <<<"$tables")" | "$PYTHON" benchmarks/merge.py "$RESULTS"
+    SECONDS=0
+    tables=$("$PYTHON" "benchmarks/$stage.py" | sed -n '/^## /,$p') || die "$stage failed"
+    TOOK+="${TOOK:+, }$stage $((SECONDS / 60)):$(printf %02d $((SECONDS % 60)))"
+    ALL+=$tables$'\n\n'
+    # At once: a later stage that fails does not cost this one's figures.
+    printf '# Benchmarks\n\n%s\n\n%s\n\n%s\n' "$RUN" "$MACHINE" "$tables" | "$PYTHON" benchmarks/merge.py "$RESULTS"
 done
 if (($# == 0)); then  # all are of this run, and the file says so
     ONE="All sections but Quickstart were measured in one run of \`bash benchmarks/run_all.sh\`, $BEGAN to $(date -u '+%H:%M') UTC, of"
-    ONE+=" commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown)."
-    printf '# Benchmarks\n\n%s\n\n%s\n' "$ONE" "$MACHINE" | "$PYTHON" benchmarks/merge.py "$RESULTS"
+    ONE+=" commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown). Minutes: $TOOK."
+    printf '# Benchmarks\n\n%s\n\n%s\n\n%s\n' "$ONE" "$MACHINE" "$ALL" | "$PYTHON" benchmarks/merge.py "$RESULTS" Quickstart
 fi
-echo "run_all.sh: $RESULTS"
+echo "run_all.sh: $RESULTS; minutes: $TOOK"

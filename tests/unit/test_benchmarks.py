@@ -34,6 +34,8 @@ def test_sections_that_were_not_measured_again_stay():
     for title, last in {"Generation": "| new |", "KL": "| kept |", "Memory": "| first |"}.items():
         assert found[title].endswith(last)
     assert merged("", both) == merged(both, NEW) == both
+    assert list(sections(merged(OLD, NEW, ["KL"]))) == ["", OVERVIEW, "KL", "Generation", "Memory"]
+    assert list(sections(merged(OLD, NEW, ["none"]))) == ["", OVERVIEW, "Generation", "Memory"]
 
 
 def test_the_overview_holds_what_is_to_be_reached():
