@@ -16,9 +16,9 @@ from numba import njit
 # Sums may be reordered, which lets a loop use vector instructions; infinities and NaN keep their meaning.
 FAST = {"reassoc", "arcp", "contract", "nsz"}
 
-# Taylor: exp(x) up to x^13, and (exp(x) - 1 - x) / x^2 up to x^14, for |x| <= 1/2.
+# Taylor: exp(x) up to x^13 for |x| <= 1/2, and (exp(x) - 1 - x) / x^2 up to x^11 for |x| <= 1/4.
 INVERSE_FACTORIALS = tuple(1 / math.factorial(k) for k in range(12, -1, -1))
-SERIES = tuple(1 / math.factorial(k) for k in range(16, 1, -1))
+SERIES = tuple(1 / math.factorial(k) for k in range(13, 1, -1))
 
 ROUNDER = 1.5 * 2.0**52
 LOG_2, LOG_2_HIGH, LOG_2_LOW = math.log(2), 6.93147180369123816490e-01, 1.90821492927058770002e-10
@@ -156,17 +156,20 @@ def gain_of(by_rule, rate, beta, num_actions, scale, total):
 
 
 @compiled
-def sum_pairs(delta, e, powers, keep, constant, cap, a, b, c, d, out):
+def sum_pairs(delta, e, powers, keep, constant, cap, a, b, second, c, d, out):
     """out_y = sum_y' w (P* - sigma(d)), equation (3); return Z and the sum of |delta| over all ordered pairs.
 
-    Each pair is visited once: what it adds to y it takes from y'.
+    Each pair is visited once: what it adds to y it takes from y'. Without `second` the law has no term of c and d.
     """
     total, distance, diagonal = 0.0, 0.0, 0.0
     for i in range(delta.size):
         ai, bi, ci, di, ei, pi, vi = a[i], b[i], c[i], d[i], e[i], powers[i], delta[i]
         force = 0.0
         for j in range(i):
-            w = min(constant + ai * b[j] + bi * a[j] + ci * d[j] + di * c[j], cap)
+            w = constant + ai * b[j] + bi * a[j]
+            if second:
+                w += ci * d[j] + di * c[j]
+            w = min(w, cap)
             above = keep * (pi - powers[j]) * (ei + e[j]) - (ei - e[j]) * (pi + powers[j])
             half = w * above / (2 * (pi + powers[j]) * (ei + e[j]))
             force += half
@@ -209,7 +212,7 @@ def gap_of_value(x, beta, log_ref, log_optimum, optimum, logs, pi, bits):
     for y in range(x.size):
         ahead = log_optimum[y] - (logs[y] - log_total)
         p = pi[y] / total
-        near = min(max(ahead, -0.5), 0.5)
+        near = min(max(ahead, -0.25), 0.25)
         series = 0.0
         for coefficient in SERIES:
             series = series * near + coefficient
@@ -242,9 +245,9 @@ def iterate(setup, u, before, last, series):
             width = centre(state, x, e, bits)
             if s.powers_of_state:  # DPO-Mix-P and its like: no more exponentials
                 log_scale = min(width, limit)
-                half = math.exp(-log_scale / 2)
+                root = math.exp(-log_scale / 2)
                 for y in range(num_actions):
-                    a[y], b[y] = masses[0] * half * e[y], half / e[y]
+                    a[y], b[y] = masses[0] * root * e[y], root / e[y]
             elif (t == 0 or not s.fixed) and masses[0] > 0:
                 log_scale, largest = weigh_term(
                     masses[0], first, base_a, base_b, normalised, limit, x, past, a, b, logs, log_b, bits
@@ -253,13 +256,18 @@ def iterate(setup, u, before, last, series):
                 _, other = weigh_term(
                     masses[1], second, base_c, base_d, normalised, limit, x, past, c, d, logs, log_b, bits
                 )
-            scale = 1 / (largest + other) if normalised else math.exp(log_scale)
-            constant = s.constant * math.exp(-log_scale)
-            cap = constant + math.exp(limit - log_scale) + math.exp(-limit - log_scale)
+            root = math.exp(-log_scale / 2)
+            scale, constant, cap = (
+                1 / (largest + other) if normalised else 1 / root**2,
+                s.constant * root**2,
+                math.inf,
+            )
+            if limit < math.inf:
+                cap = constant + math.exp(limit - log_scale) + math.exp(-limit - log_scale)
             for y in range(num_actions):
                 delta[y] = rewards[y] - x[y]
             if width <= widest:
-                total, distance = sum_pairs(delta, e, powers, keep, constant, cap, a, b, c, d, force)
+                total, distance = sum_pairs(delta, e, powers, keep, constant, cap, a, b, masses[1] > 0, c, d, force)
             else:
                 total, distance = sum_wide_pairs(delta, x, rewards, keep, constant, cap, a, b, c, d, force)
             low, high = extent(delta)
