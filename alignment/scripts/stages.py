@@ -335,8 +335,8 @@ def kl_responses(s: Settings) -> Commands:
     """Responses that the KL is measured on, of every model and of the base model; only with SCORE_KL."""
     if not s.SCORE_KL:
         return []
-    if s.kl_part == "test_prompts":
-        return [] if all(file.exists() for file in evaluated(s, None)) else evaluate(s)
+    if s.kl_part == "test_prompts":  # files that are there are compared, not made again
+        return evaluate(s)
     sampling = kl_prompts(s) | {"K": 1, "temperature": s.KL_TEMPERATURE}
     lines = {
         which: sampling | {"output_file": names.evaluation(s.RUN_DIR, "kl_prompts", *which)}
@@ -350,7 +350,7 @@ def annotate_kl(s: Settings) -> Commands:
     if not s.SCORE_KL:
         return []
     if s.kl_part == "test_prompts":
-        return [] if all(file.exists() for file in evaluated(s, "rewards")) else annotate_evaluation(s)
+        return annotate_evaluation(s)
     files = [
         [names.evaluation(s.RUN_DIR, "kl_prompts", *which, scored) for which in trained(s, 0)]
         for scored in (None, "rewards")

@@ -24,6 +24,8 @@ def test_a_checkpoint_is_evaluated_without_training(temperature, part, tmp_path)
         result = bash(f"alignment/{driver}", *settings(**given))
         assert result.returncode == 0, f"{driver}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
     assert not (run_dir / "models").exists()
+    result = bash(f"alignment/{KL}", *settings(**given | {"MAX_NEW_TOKENS": 5}))  # not those of the files
+    assert result.returncode == 2 and "max_new_tokens" in result.stderr.splitlines()[-1], result.stderr
     rows = {row["sampler"]: row for row in csv.DictReader((run_dir / "results/summary.csv").open())}
     assert list(rows) == ["base", "theirs"]
     kl = json.loads(names.kl(run_dir, None, "theirs").read_text())["kl"]

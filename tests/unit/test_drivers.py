@@ -205,11 +205,9 @@ def test_where_temperatures_agree_reward_and_kl_share_their_responses(tmp_path):
     assert len(files) == 20 and {Path(file).parent.name for file in files} == {"test_prompts", "train_prompts"}
     measured = [flag(line, "--responses") for line in in_turn(commands["kl"])]
     assert measured == [file for file in files if "test_prompts" in file][1:]
-    for file in map(Path, files):  # what the evaluation has written is not made again
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
-        file.with_name(f"{file.stem}_rewards.json").touch()
-    assert [stage for stage, _ in plan("sample_kl.sh", **given, SEED=7)] == ["kl", "summarize"]
+    evaluation = dict(plan("sample_eval_safe_rlhf.sh", **given))
+    for stage, same in (("kl_responses", "evaluate"), ("annotate_kl", "annotate_evaluation")):
+        assert commands[stage] == evaluation[same]  # which makes nothing twice, and compares what is there
     several = dict(plan("sample_kl.sh", **given, EVAL_K=2))
     assert "kl_prompts" in flag(in_turn(several["kl"])[0], "--responses")
 
