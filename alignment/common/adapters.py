@@ -51,25 +51,37 @@ def whole_model(name: str, what: str, trust_remote_code: bool = False) -> str:
 
 @functools.cache  # one look at the hub per process
 def hub_folder(name: str, what: str) -> Path | None:
-    """Return the cached folder of an adapter on the hub; None if the name is not known to be one.
+    """Return the cached folder of an adapter on the hub; None if the name is not one.
+
+    Offline the cache answers: what it does not hold is no adapter. A network that fails answers nothing.
 
     Raises:
-        UserError: it is an adapter, and one of its files can neither be fetched nor is in the cache.
+        UserError: the hub cannot be asked; or it is an adapter, and one of its files cannot be had.
     """
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub import constants, hf_hub_download, snapshot_download, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
     try:
         hf_hub_download(name, CONFIG)
-    except (OSError, HFValidationError, HfHubHTTPError):  # no adapter, or no such model: the loader says which
+    except HFValidationError:  # a folder that is not there, as the loader says
         return None
+    except Exception as error:  # the hub's, the network's, a proxy's
+        cause = error.__cause__ or error
+        answer = getattr(getattr(cause, "response", None), "status_code", None)
+        # No such file or model, or one that needs a token. The cache remembers what the hub said it does not have.
+        if answer in (401, 403, 404) or constants.HF_HUB_OFFLINE or try_to_load_from_cache(name, CONFIG) is not None:
+            return None
+        raise UserError(
+            f"{what} {name}: the hub does not say whether it is an adapter ({first_line(cause)}); "
+            "try again, or set HF_HUB_OFFLINE=1 to use what the cache holds"
+        ) from None
     try:
         hf_hub_download(name, WEIGHTS)
         return Path(
             snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
         )
-    except (OSError, HfHubHTTPError) as error:
-        raise UserError(f"{what} {name}: an adapter without {WEIGHTS} ({first_line(error)})") from None
+    except Exception as error:
+        raise UserError(f"{what} {name}: an adapter whose {WEIGHTS} cannot be had ({first_line(error)})") from None
 
 
 @functools.cache

@@ -1,7 +1,9 @@
 """LoRA adapters: what is saved is what was trained, tied or not; adapters are policies like any other."""
 
+import http.server
 import json
 import shutil
+import threading
 
 import pytest
 import torch
@@ -120,6 +122,72 @@ def test_adapter_and_base_may_be_hub_names(models, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="owner/adapter") as raised:
         whole_model("owner/adapter", "policy")
     assert "\n" not in str(raised.value)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub on this machine, with an empty cache; `answer` holds its next answer's code and headers."""
+    adapters.hub_folder.cache_clear()
+    answer = {"code": 200, "headers": {}}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(answer["code"])
+            for name, value in answer["headers"].items():
+                self.send_header(name, value)
+            self.end_headers()
+
+        do_GET = do_HEAD
+        log_message = lambda *_: None  # noqa: E731
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    answer["server"] = server
+    for name, value in (("HF_HUB_CACHE", str(tmp_path / "hub")), ("HF_HUB_OFFLINE", False)):
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    here = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", here)
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", here + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # before it tries again
+    yield answer
+    server.shutdown()
+    server.server_close()
+    adapters.hub_folder.cache_clear()
+
+
+NO_FILE = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": "0" * 40}
+
+
+@pytest.mark.parametrize(
+    ("code", "headers"), [(404, NO_FILE), (404, {"X-Error-Code": "RepoNotFound"}), (404, {}), (401, {})]
+)
+def test_what_the_hub_does_not_have_is_no_adapter(hub, code, headers):
+    hub |= {"code": code, "headers": headers}
+    assert whole_model("owner/whole", "policy") == "owner/whole"
+
+
+@pytest.mark.parametrize("failure", [503, 429, "closed"])
+def test_a_network_that_fails_says_nothing_of_adapters(hub, failure, monkeypatch):
+    if failure == "closed":
+        hub["server"].shutdown()
+        hub["server"].server_close()
+    else:
+        hub["code"] = failure
+    with pytest.raises(UserError, match="owner/any: the hub does not say whether it is an adapter") as raised:
+        whole_model("owner/any", "policy")
+    assert "\n" not in str(raised.value)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert whole_model("owner/any", "policy") == "owner/any"  # the cache holds none
+
+
+def test_what_the_hub_has_once_said_is_remembered_when_the_network_fails(hub):
+    hub |= {"code": 404, "headers": NO_FILE}
+    whole_model("owner/whole", "policy")
+    adapters.hub_folder.cache_clear()
+    hub |= {"code": 503, "headers": {}}
+    assert whole_model("owner/whole", "policy") == "owner/whole"
 
 
 def test_a_configuration_beside_the_adapter_is_the_bases(models, tmp_path):
