@@ -4,9 +4,15 @@ import ctypes
 import gc
 import hashlib
 import json
+import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "generation/logit_mixture"))  # where it is not installed
+
+from vllm_logit_mixture import MixtureError
+from vllm_logit_mixture.check import check_same_tokens, check_widths
 
 from common.adapters import whole_model
 from common.cli import UserError, first_line
@@ -338,13 +344,18 @@ def context_length(config, tokenizer=None) -> int | None:
     return min(limits, default=None)
 
 
-def check_same_vocabulary(policy_tokenizer, reference_tokenizer) -> None:
-    """Raise `UserError` unless both tokenizers give every token the same id: logits are mixed id by id."""
-    policy, reference = policy_tokenizer.get_vocab(), reference_tokenizer.get_vocab()
-    if policy == reference:
-        return
-    token = min(set(policy.items()) ^ set(reference.items()))[0]
-    raise UserError(
-        f"policy and reference have different vocabularies ({len(policy)} and {len(reference)} tokens): "
-        f"token {token!r} is {policy.get(token)} in one and {reference.get(token)} in the other"
-    )
+def check_same_vocabulary(models: Mapping[str, tuple], are_mixed: bool = False) -> None:
+    """Raise `UserError` unless all models give every token the same id: logits are mixed and compared id by id.
+
+    Args:
+        models: what a model is → (configuration, tokenizer); the others are compared with the first.
+        are_mixed: their logits are summed, so none may have fewer than its tokenizer has ids.
+    """
+    (first, (_, tokenizer)), *others = models.items()
+    try:
+        for name, (_, other) in others:
+            check_same_tokens(tokenizer, other, first, name)
+        if are_mixed:
+            check_widths(models)
+    except MixtureError as error:
+        raise UserError(str(error)) from None

@@ -49,16 +49,20 @@ def make_encoder(options: DataOptions, training: TrainingArguments, data: Record
             on_main(whole_model, name, what, options.trust_remote_code)
         if options.use_lora:
             on_main(check_adapter, options)
-    configs = [load_config(name, what, options.trust_remote_code) for what, name in names.items()]
-    tokenizers = [load_tokenizer(name, what, options.trust_remote_code) for what, name in names.items()]
-    check_same_vocabulary(*tokenizers)
-    contexts = [context_length(*both) for both in zip(configs, tokenizers, strict=True)]
+    trust = options.trust_remote_code
+    models = {
+        f"{what} {name}": (load_config(name, what, trust), load_tokenizer(name, what, trust))
+        for what, name in names.items()
+    }
+    check_same_vocabulary(models)
+    config, tokenizer = next(iter(models.values()))
+    contexts = [context_length(*model) for model in models.values()]
     return Encoder(
-        tokenizers[0],
+        tokenizer,
         options.max_prompt_length,
         options.max_length,
-        sampled=has_ids(options, data, tokenizers[0]),
-        vocabulary=configs[0].get_text_config().vocab_size,
+        sampled=has_ids(options, data, tokenizer),
+        vocabulary=config.get_text_config().vocab_size,
         context=min((c for c in contexts if c), default=None),
     )
 

@@ -163,8 +163,8 @@ def check_models(args: argparse.Namespace) -> tuple:
     for name, what in ((args.model_name_or_path, "policy"), (args.ref_model_name_or_path, "reference")):
         trust = args.trust_remote_code
         models[f"{what} {name}"] = load_config(name, what, trust), load_tokenizer(name, what, trust)
-    (_, tokenizer), (_, other) = models.values()
-    check_same_vocabulary(tokenizer, other)
+    check_same_vocabulary(models)
+    _, tokenizer = next(iter(models.values()))
     if args.responses:
         rooms = [context_length(*model) for model in models.values()]
         return tokenizer, min((room for room in rooms if room is not None), default=None)

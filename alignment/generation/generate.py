@@ -22,16 +22,13 @@ from typing import Any, NamedTuple
 
 PROJECT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(PROJECT / "alignment"), str(PROJECT)]  # the samplers' table is the bandit's
-sys.path.append(str(PROJECT / "alignment/generation/logit_mixture"))  # its checks, where it is not installed
-
-from vllm_logit_mixture import MixtureError
-from vllm_logit_mixture.check import check_same_tokens, check_widths
 
 from bandit.mixtures import MIXTURES, Mixture, WeightPairs
 from common import scale_out
 from common.cli import Parser, UserError, command_lines, natural, non_negative, positive, positive_int, run
 from common.journal import Journal, is_done, journal
 from common.models import (
+    check_same_vocabulary,
     choose_dtype,
     load_config,
     load_tokenizer,
@@ -131,15 +128,10 @@ def check_models(args: argparse.Namespace, used: dict[str, str | None]):
         for what, name in {**used, "policy": args.model_name_or_path}.items()
         if name
     }
-    tokenizer, models = loaded["policy"][1], {f"{what} {used[what]}": loaded[what] for what in used if used[what]}
-    try:
-        for name, (_, other) in models.items():
-            check_same_tokens(tokenizer, other, f"policy {args.model_name_or_path}", name)
-        if len(models) > 1:
-            check_widths(models)
-    except MixtureError as error:
-        raise UserError(str(error)) from None
-    return tokenizer, longest_prompt(args, models)
+    models = {f"{what} {used[what]}": loaded[what] for what in used if used[what]}
+    check_same_vocabulary({f"policy {args.model_name_or_path}": loaded["policy"], **models})
+    check_same_vocabulary(models, are_mixed=len(models) > 1)
+    return loaded["policy"][1], longest_prompt(args, models)
 
 
 def settings_of(args: argparse.Namespace, sampler: Mixture, models: dict[str, str | None], fingerprint: str) -> dict:
