@@ -1,4 +1,4 @@
-"""Data files read one instance after the other, so that memory does not grow with them; checked as in records.py."""
+"""The reader of data files: one instance after the other, so that memory does not grow with them."""
 
 import json
 from collections.abc import Iterator
@@ -12,6 +12,8 @@ from common.records import check_instance, read_json
 CHUNK = 2**20  # characters
 DECODER = json.JSONDecoder()
 AFTER_VALUE = tuple(",:]} \t\n\r")
+_NOT_A_DATA_FILE = "not a data file: no list 'instances'"
+NO_ROWS = "neither a list nor an object with a list 'instances'"
 
 
 class RecordStream:
@@ -34,7 +36,7 @@ class RecordStream:
         self.path = path
         self.count, self.responses_each = 0, 0
         head, error = {}, None
-        for key, value in _members(path):
+        for key, value in members(path):
             if not isinstance(key, int):
                 head[key] = value
                 continue
@@ -45,13 +47,12 @@ class RecordStream:
         if error:
             raise error
         if "instances" not in head:
-            raise UserError(f"{path}: not a data file: no list 'instances'")
+            raise UserError(f"{path}: {_NOT_A_DATA_FILE}")
         if not self.count:
             raise UserError(f"{path}: 'instances' is empty")
-        self.settings, provenance = head.get("settings", {}), head.get("provenance")
+        self.settings, self.provenance = head.get("settings", {}), _provenance(head)
         if not isinstance(self.settings, dict) or not all(isinstance(v, dict) for v in self.settings.values()):
             raise UserError(f"{path}: 'settings' is not an object that holds one object per stage")
-        self.provenance = provenance if isinstance(provenance, dict) else {}
 
     def _check(self, row: int, instance: object, need: tuple[str, ...]) -> None:
         check_instance(f"{self.path}: row {row}", instance, need)
@@ -62,39 +63,69 @@ class RecordStream:
         self.count += 1
 
     def __iter__(self) -> Iterator[dict]:
-        return (value for key, value in _members(self.path) if isinstance(key, int))
+        return (value for key, value in members(self.path) if isinstance(key, int))
+
+
+def read_records(path: str | Path, need: tuple[str, ...] = ("responses",)) -> tuple[list[dict], dict]:
+    """Return all instances and the settings of a small data file; see `RecordStream`."""
+    data = RecordStream(path, need)
+    return list(data), data.settings
 
 
 def read_head(path: str | Path) -> dict:
-    """All that a data file holds but its instances."""
-    return {key: value for key, value in _members(path) if isinstance(key, str)}
+    """Return all that a data file holds but its instances."""
+    return {key: value for key, value in members(path) if isinstance(key, str)}
 
 
-def _members(path: str | Path) -> Iterator[tuple[int | str, object]]:
-    """Yields (row, instance) of the list `instances`, then ("instances", None), and (key, value) of all else."""
+def read_provenance(path: str | Path) -> dict:
+    """Return what the stages that made a data file recorded about their inputs; {} for a file of another program."""
+    return _provenance(read_head(path))
+
+
+def _provenance(head: dict) -> dict:
+    stored = head.get("provenance")
+    return stored if isinstance(stored, dict) else {}
+
+
+def members(path: str | Path, list_alone: bool = False) -> Iterator[tuple[int | str, object]]:
+    """Yield (row, instance) of the list `instances`, then ("instances", None), and (key, value) of all else.
+
+    Args:
+        path: a file that holds a JSON object.
+        list_alone: it may also hold nothing but the list.
+
+    Raises:
+        UserError: naming the file and, for bad JSON, the line.
+    """
     try:
         with open(path, encoding="utf-8-sig") as file:
-            yield from _parse(_Text(file))
+            yield from _parse(_Text(file), list_alone)
     except (OSError, ValueError, RecursionError):
-        content = read_json(path)  # finds the same, and says in which line
-        named = "instances" in content if isinstance(content, dict) else False
-        raise UserError(f"{path}: not a data file: {'' if named else 'no list '}'instances'") from None
+        read_json(path)  # finds the same, and says in which line
+        raise UserError(f"{path}: {NO_ROWS if list_alone else _NOT_A_DATA_FILE}") from None
 
 
-def _parse(text: "_Text") -> Iterator[tuple[int | str, object]]:
-    for _ in _items(text, "{", "}"):
-        key = text.value()
-        text.take(":")
-        if key == "instances":
-            for row, _ in enumerate(_items(text, "[", "]")):
-                yield row, text.value()
-            yield key, None
-        elif isinstance(key, str):
-            yield key, text.value()
-        else:
-            raise ValueError
+def _parse(text: "_Text", list_alone: bool) -> Iterator[tuple[int | str, object]]:
+    if list_alone and text.peek() == "[":
+        yield from _rows(text)
+    else:
+        for _ in _items(text, "{", "}"):
+            key = text.value()
+            text.take(":")
+            if key == "instances":
+                yield from _rows(text)
+            elif isinstance(key, str):
+                yield key, text.value()
+            else:
+                raise ValueError
     if text.peek():
         raise ValueError
+
+
+def _rows(text: "_Text") -> Iterator[tuple[int | str, object]]:
+    for row, _ in enumerate(_items(text, "[", "]")):
+        yield row, text.value()
+    yield "instances", None
 
 
 def _items(text: "_Text", begin: str, end: str) -> Iterator[None]:

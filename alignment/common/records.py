@@ -1,4 +1,4 @@
-"""The data files that the stages hand on: read with care, written whole or not at all.
+"""The data files that the stages hand on: what a row must be, and files written whole or not at all.
 
 A file is the RLHFlow form plus the settings that made it and what it was made from (provenance.py)::
 
@@ -45,42 +45,6 @@ def not_json(error: Exception) -> str:
     """Return what is wrong with a text that `json.loads` refused with `error`."""
     # Besides bad syntax: numbers of thousands of digits (ValueError), thousands of nested brackets (RecursionError).
     return f"not JSON ({getattr(error, 'msg', None) or first_line(error)})"
-
-
-def read_records(path: str | Path, need: tuple[str, ...] = ("responses",)) -> tuple[list[dict], dict]:
-    """Return instances and settings of a data file.
-
-    Args:
-        path: the file.
-        need: which per-response lists every instance must carry.
-
-    Returns:
-        (instances, settings); settings is {} for a file that another program wrote.
-
-    Raises:
-        UserError: naming the file, row and field that is wrong.
-    """
-    content = read_json(path)
-    if not isinstance(content, dict) or not isinstance(content.get("instances"), list):
-        raise UserError(f"{path}: not a data file: no list 'instances'")
-    if not content["instances"]:
-        raise UserError(f"{path}: 'instances' is empty")
-    for row, instance in enumerate(content["instances"]):
-        check_instance(f"{path}: row {row}", instance, need)
-        count, expected = (len(i.get("responses") or []) for i in (instance, content["instances"][0]))
-        if count != expected:
-            raise UserError(f"{path}: row {row}: {count} 'responses', but row 0 has {expected}")
-    settings = content.get("settings", {})
-    if not isinstance(settings, dict) or not all(isinstance(stage, dict) for stage in settings.values()):
-        raise UserError(f"{path}: 'settings' is not an object that holds one object per stage")
-    return content["instances"], settings
-
-
-def read_provenance(path: str | Path) -> dict:
-    """Return what the stages that made a data file recorded about their inputs; {} for a file of another program."""
-    stored = read_json(path)
-    stored = stored.get("provenance") if isinstance(stored, dict) else None
-    return stored if isinstance(stored, dict) else {}
 
 
 def check_instance(where: str, instance: object, need: tuple[str, ...]) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from common.cli import UserError, first_line
 from common.provenance import folder_sha256
-from common.records import not_json, read_json, sha256
+from common.record_stream import NO_ROWS, members
+from common.records import not_json, sha256
 
 # What `datasets` calls the reader of a file, by the end of the file's name.
 READERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".tsv": "csv"}
@@ -88,13 +89,13 @@ def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
     if _holds_lines(path):
         yield from _lines(path)
         return
-    content = read_json(path)
-    if isinstance(content, dict):
-        content = content.get("instances")
-    if not isinstance(content, list):
-        raise UserError(f"{path}: neither a list of prompts nor an object with a list 'instances'")
-    for row, value in enumerate(content):
-        yield f"{path}: row {row}", value
+    has_rows = False
+    for key, value in members(path, list_alone=True):
+        has_rows |= key == "instances"
+        if isinstance(key, int):
+            yield f"{path}: row {key}", value
+    if not has_rows:
+        raise UserError(f"{path}: {NO_ROWS}")
 
 
 def _holds_lines(path: Path) -> bool:

@@ -44,7 +44,8 @@ from common.models import (
     tokenizer_fingerprint,
 )
 from common.provenance import data_inputs, model_inputs, provenance
-from common.records import check_response_ids, read_json, read_records, sha256, write_json
+from common.record_stream import read_records
+from common.records import check_response_ids, read_json, sha256, write_json
 from generation.prompts import add_prompt_flags, check_same_prompts, prompt_settings, read_prompts
 from generation.sampling import (
     Engines,

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from common.cli import UserError
-from common.records import read_json, read_records
+from common.record_stream import read_records
+from common.records import read_json
 from scripts import names
 
 JUDGES = {"rewards": "training reward model", "judge": "second judge"}

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import provenance
 from common.cli import Parser, UserError, run
-from common.records import read_provenance
+from common.record_stream import read_provenance
 
 
 def outputs(run_dir: Path) -> list[Path]:

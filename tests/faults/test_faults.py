@@ -22,7 +22,7 @@ from tiny import save_tiny_policy, save_tiny_reward_model
 from training_runs import losses
 
 from common.journal import journal_path
-from common.records import read_records
+from common.record_stream import read_records
 
 pytestmark = pytest.mark.slow
 KIB = 1024

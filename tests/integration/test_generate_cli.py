@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from common.journal import Journal, journal_path
 from common.models import load_causal_lm
-from common.records import read_records
+from common.record_stream import read_records
 from generation.prompts import text_digest
 
 PROMPTS = ["hello there", "a cat", "what is this? please say.", "no", "why, oh why", "zebra"]

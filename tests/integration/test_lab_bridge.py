@@ -20,7 +20,7 @@ from scipy import stats
 from transformers import AutoModelForCausalLM
 
 from bandit.mixtures import MIXTURES
-from common.records import read_records
+from common.record_stream import read_records
 from dpo_iteration.pairs import choose_all
 
 SETTING = Setting(prompts=3, vocabulary=3, length=3, width=16, depth=2, heads=2, loss="rev_kl")

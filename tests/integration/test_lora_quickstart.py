@@ -12,7 +12,7 @@ from commands import python
 from peft import PeftModel
 
 from common.models import encode_prompt, load_causal_lm, load_tokenizer, stop_token_ids
-from common.records import read_records
+from common.record_stream import read_records
 
 PROMPTS = ["What is a cat?", "Name a colour.", "Why is the sky blue?", "Write one word."]
 MAX_NEW_TOKENS = 8

@@ -21,7 +21,7 @@ from driver_runs import TRAIN, inputs, save_inputs
 from plans import flag, plan
 from training_runs import losses
 
-from common.records import read_records
+from common.record_stream import read_records
 
 SCONTROL = '#!/bin/sh\n[ "$1 $2" = "show hostnames" ] && [ -n "$FAKE_NODES" ] && printf "%s\\n" $FAKE_NODES\n'
 SRUN = """#!{python}

@@ -10,7 +10,7 @@ from commands import bash, settings
 from driver_runs import EVALUATE, KL, TRAIN, inputs, save_inputs
 from safetensors.torch import load_file
 
-from common.records import read_records
+from common.record_stream import read_records
 from scripts.settings import KNOWN
 
 SAMPLERS = ("online", "mixp")

@@ -19,7 +19,8 @@ from tiny import save_tiny_policy, tiny_tokenizer
 
 from common.cli import UserError
 from common.models import encode_prompt, encode_response, load_causal_lm, load_tokenizer, stop_token_ids
-from common.records import read_records, write_records
+from common.record_stream import read_records
+from common.records import write_records
 
 PROMPTS = ["hello there", "a cat", "what is this? please say.", "no", "why, oh why", "zebra", "who", "do it: now!"]
 MAX_NEW_TOKENS, SEED = 24, 3

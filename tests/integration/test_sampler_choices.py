@@ -9,7 +9,8 @@ from tiny import tiny_tokenizer
 from training_runs import BETA, flags, logp, losses, make_instances, write_data
 from transformers import AutoModelForCausalLM
 
-from common.records import read_json, read_records
+from common.record_stream import read_records
+from common.records import read_json
 from dpo_iteration import data, reference, run_dpo
 from dpo_iteration.options import parse
 from dpo_iteration.rows import Encoder

@@ -24,7 +24,7 @@ from toy_engine import Devices, Squares
 
 from common import scale_out
 from common.cli import UserError
-from common.records import read_records
+from common.record_stream import read_records
 
 pytestmark = pytest.mark.slow
 HEAD, SECOND = {"num_cpus": 4, "num_gpus": 3}, {"num_cpus": 4, "num_gpus": 1}

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from commands import PROJECT, run
 
-from common.records import read_records
+from common.record_stream import read_records
 
 pytestmark = pytest.mark.slow
 

@@ -163,7 +163,7 @@ def test_several_sources_are_joined(tmp_path):
     [
         ("p.json", "[]", "no prompts"),
         ("p.json", "", "line 1: not JSON"),
-        ("p.json", '{"data": []}', "neither a list of prompts"),
+        ("p.json", '{"data": []}', "neither a list nor"),
         ("p.json", '[{"prompt": "  "}]', "row 0: no text under 'prompt'"),
         ("p.json", '[{"prompt": "a"}, {"question": "b"}]', "row 1: no text under"),
         ("p.json", '[{"prompt": 3}]', "row 0: no text under 'prompt'"),

@@ -10,7 +10,8 @@ from tiny import tiny_tokenizer
 
 from common.cli import UserError
 from common.journal import Journal, is_done
-from common.records import read_records, write_records
+from common.record_stream import read_records
+from common.records import write_records
 from generation.prompts import Template, load_prompts
 from reward_model.preference_data import read_pairs, write_pairs
 

@@ -8,7 +8,8 @@ import pytest
 
 from common.cli import UserError
 from common.journal import Journal, is_done, journal, journal_path
-from common.records import read_records, write_records
+from common.record_stream import read_records
+from common.records import write_records
 
 INSTANCE = {"prompt": "p", "responses": ["a", "b"], "rewards": [0.5, -1.0], "pairs": [0, 0]}
 
