@@ -2,16 +2,14 @@
 
 import array
 import functools
-import os
-import tempfile
+import itertools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from annotate_data.texts import check_template, instance_texts
 from common import scale_out
 from common.models import choose_dtype
 from common.provenance import model_inputs
-from common.records import writing
+from common.spool import Spool
 
 
 class ModelRewards:
@@ -51,7 +49,7 @@ class ModelRewards:
         self.tokens = {}
         for job in jobs:
             before = self.encoder.cut
-            self.tokens[job.output] = tokens = TokenFile(_folder_of(job.output))
+            self.tokens[job.output] = tokens = TokenFile(job.output)
             for ids in self.encoder.encode_all(self._texts(job)):
                 tokens.append(ids)
             cut = self.encoder.cut - before
@@ -69,75 +67,55 @@ class ModelRewards:
 
     def scores(self, jobs: list) -> Iterator[tuple]:
         """Yields (job, indices of texts, their scores) as batches are done, by one engine or several."""
-        work = [(job, indices) for job in jobs for indices in self._batches(job)]
-        if not work:
-            return
-        batches = (self.tokens[job.output].rows(indices) for job, indices in work)
-        for number, scores in self._batch_scores(batches):
-            yield *work[number], scores
-
-    def _batches(self, job) -> Iterator[Sequence[int]]:
-        from annotate_data.scorer import length_batches
-
-        return length_batches(self.tokens[job.output].lengths(), self.encoder.token_budget, job.scored)
-
-    def _batch_scores(self, batches: Iterator[list[Sequence[int]]]) -> Iterator[tuple[int, list[float]]]:
         from annotate_data.scorer import RewardScorer, ScoringEngine
 
+        work = self._work(jobs)
+        first = next(work, None)
+        if first is None:
+            return
+        work = itertools.chain([first], work)
         options = {"column": self.args.reward_column, "dtype": self.settings["dtype"], **self.reading}
         if self.args.num_engines == 1:
             scorer = RewardScorer(self.name, say=note, **options)
-            yield from enumerate(map(scorer.score_rows, batches))
+            for job, indices in work:
+                yield job, indices, scorer.score_rows(self.tokens[job.output].rows(indices))
             return
         make_engine = functools.partial(ScoringEngine, self.name, **options)
-        engines = scale_out.start(self.args.num_engines)
-        for number, (scores, notes) in scale_out.answers(make_engine, list(batches), engines):
+        engines, every = scale_out.start(self.args.num_engines), list(work)
+        batches = [self.tokens[job.output].rows(indices) for job, indices in every]
+        for number, (scores, notes) in scale_out.answers(make_engine, batches, engines):
             for text in notes:
                 note(text)
-            yield number, scores
+            yield *every[number], scores
+
+    def _work(self, jobs: list) -> Iterator[tuple]:
+        """Yields (job, indices of texts) per batch that has a text without a score."""
+        from annotate_data.scorer import length_batches
+
+        for job in jobs:
+            lengths = self.tokens[job.output].lengths()
+            for indices in length_batches(lengths, self.encoder.token_budget, job.scored):
+                yield job, indices
 
     def text(self, job, i: int) -> str:
         """What a message about the score of text `i` shows."""
         return self.encoder.tokenizer.decode(self.tokens[job.output].rows([i])[0], skip_special_tokens=True)
 
 
-class TokenFile:
-    """Token ids of many texts, in a file without a name; memory holds 8 bytes per text.
-
-    Args:
-        folder: where the file goes; 4 bytes per token.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        with writing(folder):
-            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (gone with the process)
-        self._ends = array.array("q", [0])
+class TokenFile(Spool):
+    """Token ids of many texts, 4 bytes each."""
 
     def append(self, ids: list[int]) -> None:
-        """Adds a text."""
-        with writing(self._folder):
-            self._file.write(array.array("i", ids).tobytes())
-        self._ends.append(self._ends[-1] + len(ids))
+        """Add a text."""
+        super().append(array.array("i", ids).tobytes())
 
-    def lengths(self) -> list[int]:
-        """Tokens of each text."""
-        with writing(self._folder):
-            self._file.flush()
-        return [end - start for start, end in zip(self._ends, self._ends[1:], strict=False)]
+    def lengths(self) -> array.array:
+        """Return the tokens of each text."""
+        return array.array("i", (size // 4 for size in self.sizes()))
 
     def rows(self, indices: Sequence[int]) -> list[array.array]:
-        """Token ids of some texts, 4 bytes each."""
-        found = []
-        for i in indices:
-            start, end = 4 * self._ends[i], 4 * self._ends[i + 1]
-            found.append(array.array("i", os.pread(self._file.fileno(), end - start, start)))
-        return found
-
-
-def _folder_of(output: str) -> Path:
-    """The output's folder, or the nearest above it that is there."""
-    return next(folder for folder in Path(output).resolve().parents if folder.is_dir())
+        """Return the token ids of some texts."""
+        return [array.array("i", self.read(i)) for i in indices]
 
 
 def note(text: str) -> None:

@@ -15,6 +15,7 @@ follow one another with the same other models, or with a single model, of one sh
 
 import argparse
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -39,7 +40,15 @@ from common.models import (
 from common.provenance import data_inputs, model_inputs, provenance
 from common.record_stream import RecordStream
 from common.records import write_records
-from generation.prompts import add_prompt_flags, check_same_prompts, prompt_settings, read_prompts, text_digest
+from generation.prompts import (
+    Prompt,
+    PromptFile,
+    add_prompt_flags,
+    check_same_prompts,
+    prompt_settings,
+    read_prompts,
+    text_digest,
+)
 from generation.sampling import (
     Engines,
     Plan,
@@ -162,6 +171,12 @@ def slices(args: argparse.Namespace) -> list[tuple[int, int | None, str]]:
     return list(zip(args.start, ends, args.output_file, strict=True))
 
 
+def compare_prompts(output: str, prompts: Iterator[Prompt]) -> None:
+    """Raise `UserError` if a finished file was made from other prompts than these."""
+    stored = (text_digest(instance["prompt"]) for instance in RecordStream(output))
+    check_same_prompts(output, zip(prompts, stored, strict=False))
+
+
 class Slice(NamedTuple):
     """One output: its file, its settings, and which responses it needs."""
 
@@ -181,12 +196,12 @@ def slices_to_do(
     todo = []
     for start, end, output in slices(args):
         own_settings = {**settings, "start": start, "end": end}
-        prompts = read_prompts(args, tokenizer, longest, start, end)
+        read = functools.partial(read_prompts, args, tokenizer, longest, start, end)
         if is_done(output, "generate", own_settings):
-            stored = (text_digest(instance["prompt"]) for instance in RecordStream(output))
-            check_same_prompts(output, zip(prompts, stored, strict=False))
+            read(functools.partial(compare_prompts, output))
             print(f"generate: {output} is already complete")
         else:
+            prompts = read(functools.partial(PromptFile, output))
             todo.append(Slice(output, own_settings, Plan(prompts, start, pairs, args.K, args.seed)))
     return todo
 

@@ -9,13 +9,16 @@ import array
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+import pickle
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from common.cli import Parser, UserError, positive_int
 from common.models import encode_prompt, render_chat
 from common.records import check_writable
 from common.sources import content_of, read_rows
+from common.spool import Spool
 
 # What stands around the user's text. `none` takes prompts as they are; `chat` is the tokenizer's own template.
 TEMPLATES = {
@@ -48,7 +51,7 @@ class Prompt(NamedTuple):
     Attributes:
         where: its source and row, for messages.
         text: the templated prompt, exactly what was tokenized.
-        token_ids: its ids, with the tokenizer's default special tokens; 4 bytes each, since there are many prompts.
+        token_ids: its ids, with the tokenizer's default special tokens; 4 bytes each.
         raw: the user's text without the template; the messages of a chat of several turns.
     """
 
@@ -60,6 +63,18 @@ class Prompt(NamedTuple):
     def digest(self) -> str:
         """Return a short hash of the text, by which an unfinished or finished result knows its prompt."""
         return text_digest(self.text)
+
+
+class PromptFile(Spool):
+    """Prompts in a file; see `Spool`. A sequence, as a list of them is."""
+
+    def __init__(self, output: str | Path, prompts: Iterable[Prompt]) -> None:
+        super().__init__(output)
+        for prompt in prompts:
+            self.append(pickle.dumps(tuple(prompt)))
+
+    def __getitem__(self, index: int) -> Prompt:
+        return Prompt(*pickle.loads(self.read(index)))
 
 
 def text_digest(text: str) -> str:
@@ -96,8 +111,19 @@ def prompt_settings(args: argparse.Namespace) -> dict:
     return {"dataset": dataset, **{name: getattr(args, name) for name in kept}}
 
 
-def read_prompts(args: argparse.Namespace, tokenizer, longest: int, start: int, end: int | None) -> list[Prompt]:
-    """Return the prompts of a slice of at most `longest` tokens; says what was left out, and what is odd."""
+def read_prompts(
+    args: argparse.Namespace,
+    tokenizer,
+    longest: int,
+    start: int,
+    end: int | None,
+    keep: Callable[[Iterator[Prompt]], Any] = list,
+) -> Any:
+    """Return the prompts of a slice of at most `longest` tokens; says what was left out, and what is odd.
+
+    Args:
+        keep: makes what is returned of an iterator over the prompts, which it has to exhaust.
+    """
     prompts, notes = load_prompts(
         args.dataset_name_or_path,
         tokenizer,
@@ -108,6 +134,7 @@ def read_prompts(args: argparse.Namespace, tokenizer, longest: int, start: int, 
         end,
         args.dataset_split,
         args.dataset_key,
+        keep,
     )
     if notes.left_out:
         print(f"{notes.left_out} prompts left out as too long")
@@ -156,7 +183,8 @@ def load_prompts(
     end: int | None = None,
     split: str = "train",
     key: str | None = None,
-) -> tuple[list[Prompt], Notes]:
+    keep: Callable[[Iterator[Prompt]], Any] = list,
+) -> tuple[Any, Notes]:
     """Return prompts number `start` up to `end` of those that pass the filters, in the sources' order, and `Notes`.
 
     Args:
@@ -167,11 +195,12 @@ def load_prompts(
         max_characters: longest templated prompt, in characters.
         start, end: slice of the prompts that are left after both filters.
         split, key: the split of a data set, the field of a row (default: the first of PROMPT_KEYS that it has).
+        keep: makes what is returned of an iterator over the prompts, which it has to exhaust.
 
     Raises:
         UserError: a source cannot be read, a row has no text, or no prompt is left.
     """
-    left_out = 0
+    left_out, count, controls, spelled = 0, 0, control_tokens(tokenizer), []
 
     def kept() -> Iterator[Prompt]:
         nonlocal left_out
@@ -184,11 +213,19 @@ def load_prompts(
                     continue
             left_out += 1
 
-    prompts = list(itertools.islice(kept(), start, end))
-    if not prompts:
+    def chosen() -> Iterator[Prompt]:
+        nonlocal count
+        for prompt in itertools.islice(kept(), start, end):
+            count += 1
+            if token := spelled_token(prompt, controls):
+                spelled.append((prompt.where, token))
+            yield prompt
+
+    prompts = keep(chosen())
+    if not count:
         slice_text = f" between number {start} and {'the end' if end is None else end}"
         raise UserError(f"{' '.join(sources)}: no prompts{slice_text} ({left_out} left out as too long)")
-    return prompts, Notes(left_out, control_text(prompts, tokenizer))
+    return prompts, Notes(left_out, spelled)
 
 
 def raw_prompt(where: str, row: object, key: str | None = None) -> str | list[dict]:
@@ -240,14 +277,13 @@ def _whose_turn(where: str, messages: list[dict], continues: bool) -> dict:
     return {"continue_final_message": True}
 
 
-def control_text(prompts: list[Prompt], tokenizer) -> list[tuple[str, str]]:
-    """Return (where, token) of the prompts whose own text, not their template, spells a control token."""
+def control_tokens(tokenizer) -> list[str]:
+    """Return the texts of a tokenizer's control tokens."""
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    tokens = [token for token in dict.fromkeys([*tokenizer.all_special_tokens, *added]) if token.strip()]
-    found = []
-    for prompt in prompts:
-        parts = [prompt.raw] if isinstance(prompt.raw, str) else [message["content"] for message in prompt.raw]
-        spelled = next((token for token in tokens if any(token in part for part in parts)), None)
-        if spelled is not None:
-            found.append((prompt.where, spelled))
-    return found
+    return [token for token in dict.fromkeys([*tokenizer.all_special_tokens, *added]) if token.strip()]
+
+
+def spelled_token(prompt: Prompt, controls: list[str]) -> str | None:
+    """Return the first of the control tokens that the prompt's own text, not its template, spells; None without."""
+    parts = [prompt.raw] if isinstance(prompt.raw, str) else [message["content"] for message in prompt.raw]
+    return next((token for token in controls if any(token in part for part in parts)), None)

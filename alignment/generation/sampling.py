@@ -164,7 +164,7 @@ class Plan(NamedTuple):
         seed: of the run.
     """
 
-    prompts: list[Prompt]
+    prompts: Sequence[Prompt]
     start: int
     pairs: WeightPairs
     count: int

@@ -2,8 +2,10 @@
 
 import importlib.metadata
 import json
+import random
 import re
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from tiny import tiny_tokenizer
 from transformers import AutoTokenizer, LlamaTokenizer, RobertaConfig, RobertaModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from bandit.mixtures import family
 from common.cli import UserError
 from common.models import (
     context_length,
@@ -20,7 +23,8 @@ from common.models import (
     response_text,
     tokenizer_fingerprint,
 )
-from generation.prompts import TEMPLATES, Template, check_same_prompts, load_prompts
+from generation.prompts import TEMPLATES, PromptFile, Template, check_same_prompts, load_prompts
+from generation.sampling import Plan
 
 CHAT = [
     {"role": "user", "content": "hi"},
@@ -211,6 +215,26 @@ def test_variables_of_the_chat_template(tmp_path):
     source = write(tmp_path / "p.jsonl", [{"prompt": "hi"}])
     [prompt], _ = load_prompts([source], tokenizer, Template("chat", {"date_string": "one day"}))
     assert prompt.text == "one day: hi"
+
+
+def test_prompts_in_a_file_are_those_of_a_list(smollm, tmp_path):
+    """Any text and messages; the same requests and instances come of them."""
+    rng = random.Random(0)
+    texts = ["".join(chr(rng.choice([10, 13, 65, 0x2028, 0x1F642, 0])) for _ in range(n)) + "a" for n in range(40)]
+    rows = [{"prompt": text} if rng.random() < 0.5 else {"messages": [*CHAT, *CHAT[:1]]} for text in texts]
+    source = write(tmp_path / "p.jsonl", rows)
+    given = [source], smollm, Template("chat")
+    prompts, notes = load_prompts(*given, start=3, end=30)
+    stored, same_notes = load_prompts(*given, start=3, end=30, keep=partial(PromptFile, tmp_path / "out.json"))
+    assert list(stored) == prompts and len(stored) == 27 and notes == same_notes
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p.jsonl"]  # the file has no name
+    with pytest.raises(IndexError):
+        stored[27]
+    plans = [Plan(found, 3, family(1, 1), 2, seed=5) for found in (prompts, stored)]
+    requests = [list(plan.requests({"4.1"})) for plan in plans]
+    assert requests[0] == requests[1] and len(requests[0]) == 53
+    answers = {f"{i}.{j}": {"text": "x", "ids": [i], "stop_reason": "stop"} for i in range(3, 30) for j in range(2)}
+    assert list(plans[0].instances(answers)) == list(plans[1].instances(answers))
 
 
 def test_another_prompt_than_the_stored_one_is_refused_with_its_row(tmp_path):
