@@ -35,6 +35,7 @@ class RecordStream:
     def __init__(self, path: str | Path, need: tuple[str, ...] = ("responses",)) -> None:
         self.path = path
         self.count, self.responses_each = 0, 0
+        self._first = {}  # whether there are sampled ids → the first such row
         head, error = {}, None
         for key, value in members(path):
             if not isinstance(key, int):
@@ -60,7 +61,14 @@ class RecordStream:
         self.responses_each = self.responses_each if row else responses
         if responses != self.responses_each:
             raise UserError(f"{self.path}: row {row}: {responses} 'responses', but row 0 has {self.responses_each}")
+        self._first.setdefault(bool(instance.get("response_ids")), row)
         self.count += 1
+
+    def have_ids(self) -> bool:
+        """Return whether the instances hold the ids that were sampled. Raises `UserError` where only some do."""
+        if len(self._first) > 1:
+            raise UserError(f"{self.path}: row {self._first[False]}: no 'response_ids', which other rows have")
+        return True in self._first
 
     def __iter__(self) -> Iterator[dict]:
         return (value for key, value in members(self.path) if isinstance(key, int))

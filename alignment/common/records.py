@@ -68,6 +68,8 @@ def check_instance(where: str, instance: object, need: tuple[str, ...]) -> None:
             raise UserError(f"{where}: '{field}' holds a value of the wrong type")
         if kind is not str and not all(abs(v) <= sys.float_info.max for v in values):
             raise UserError(f"{where}: '{field}' holds a value that is not finite")
+        if field == "stop_reasons" and not {*values} <= {"stop", "length"}:
+            raise UserError(f"{where}: '{field}' holds something else than 'stop' and 'length'")
     check_response_ids(where, instance)
     check_writable(where, instance)
 

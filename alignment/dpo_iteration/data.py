@@ -69,11 +69,11 @@ def make_encoder(options: DataOptions, training: TrainingArguments, data: Record
 
 def has_ids(options: DataOptions, data: RecordStream, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return whether the file holds the ids that were sampled with this tokenizer; if not, one line says why."""
-    first = on_main(lambda: next(iter(data)).get("response_ids") is not None)
+    there = data.have_ids()
     made_with = data.settings.get("generate", {}).get("tokenizer")
-    if first and made_with == tokenizer_fingerprint(tokenizer):
+    if there and made_with == tokenizer_fingerprint(tokenizer):
         return True
-    why = "its response_ids are of another tokenizer than the policy's" if first else "it has no response_ids"
+    why = "its response_ids are of another tokenizer than the policy's" if there else "it has no response_ids"
     say(f"{options.train_file}: {why}; the responses' text is encoded")
     return False
 
@@ -87,8 +87,6 @@ def instances(data: RecordStream, encoder: Encoder, implicit: np.ndarray | None 
     for row, instance in enumerate(data):
         if not encoder.sampled:
             instance.pop("response_ids", None)
-        elif instance.get("response_ids") is None:
-            raise UserError(f"{data.path}: row {row}: no 'response_ids', which other rows have")
         elif not all(0 <= i < encoder.vocabulary for ids in instance["response_ids"] for i in ids):
             raise UserError(
                 f"{data.path}: row {row}: 'response_ids' holds an id outside 0 to {encoder.vocabulary - 1}"

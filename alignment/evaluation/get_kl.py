@@ -44,7 +44,7 @@ from common.models import (
     tokenizer_fingerprint,
 )
 from common.provenance import data_inputs, model_inputs, provenance
-from common.record_stream import read_records
+from common.record_stream import RecordStream
 from common.records import check_response_ids, read_json, sha256, write_json
 from generation.prompts import add_prompt_flags, check_same_prompts, prompt_settings, read_prompts
 from generation.sampling import (
@@ -202,14 +202,18 @@ def sample(
 
 def read_responses(args: argparse.Namespace, tokenizer, room: int | None) -> list[list]:
     """Return the responses of a data file, grouped by prompt. Raises `UserError` if they are not the policy's."""
-    instances, settings = read_records(args.responses, ("responses", "stop_reasons"))
-    made_with = settings.get("generate") or {}
+    data = RecordStream(args.responses, ("responses", "stop_reasons"))
+    made_with = data.settings.get("generate") or {}
     check_origin(args, made_with)
-    by_ids = has_own_ids(args, instances, made_with.get("tokenizer"), tokenizer)
-    groups = [
-        sequences_of(f"{args.responses}: row {row}", instance, tokenizer, by_ids)
-        for row, instance in enumerate(instances)
-    ]
+    by_ids = has_own_ids(args, data, made_with.get("tokenizer"), tokenizer)
+    stop_ids = stop_token_ids(tokenizer, args.model_name_or_path, args.trust_remote_code)
+    width = load_config(args.model_name_or_path, "policy", args.trust_remote_code).get_text_config().vocab_size
+    groups = []
+    for row, instance in enumerate(data):
+        where = f"{args.responses}: row {row}"
+        if by_ids:
+            check_response_ids(where, instance, width)
+        groups.append(sequences_of(where, instance, tokenizer, by_ids, bool(stop_ids)))
     fitting = [group for group in groups if room is None or all(len(s.prompt + s.response) <= room for s in group)]
     if len(fitting) < len(groups):
         print(
@@ -220,34 +224,41 @@ def read_responses(args: argparse.Namespace, tokenizer, room: int | None) -> lis
     return fitting
 
 
-def has_own_ids(args: argparse.Namespace, instances: list[dict], fingerprint: object, tokenizer) -> bool:
+def has_own_ids(args: argparse.Namespace, data: RecordStream, fingerprint: object, tokenizer) -> bool:
     """Return whether the file holds ids that were sampled with this tokenizer; says if text is encoded instead."""
-    if not all(instance.get("response_ids") for instance in instances):
+    if not data.have_ids():
         print(f"{args.responses}: no sampled ids, so the texts are encoded")
         return False
     if fingerprint != tokenizer_fingerprint(tokenizer):
         print(f"{args.responses}: its ids are those of another tokenizer, so the texts are encoded")
         return False
-    width = load_config(args.model_name_or_path, "policy", args.trust_remote_code).get_text_config().vocab_size
-    for row, instance in enumerate(instances):
-        check_response_ids(f"{args.responses}: row {row}", instance, width)
     return True
 
 
-def sequences_of(where: str, instance: dict, tokenizer, by_ids: bool) -> list:
-    """Return the responses of one prompt with their sampled ids, or with those that their text encodes to."""
+def sequences_of(where: str, instance: dict, tokenizer, by_ids: bool, has_stop: bool) -> list:
+    """Return the responses of one prompt with their sampled ids, or with those that their text encodes to.
+
+    Args:
+        where: the file and row, for the error.
+        by_ids: use the sampled ids.
+        has_stop: there is a stop token, of which the text of a response that ended says nothing.
+
+    Raises:
+        UserError: there is nothing to predict, or nothing to predict it from.
+    """
     from evaluation.kl import ANY_STOP, Sequence
 
     prompt = encode_prompt(tokenizer, instance["prompt"])
     if not prompt:
         raise UserError(f"{where}: an empty prompt")
     ended = [reason == "stop" for reason in instance["stop_reasons"]]
-    end_token = [] if tokenizer.eos_token_id is None else [ANY_STOP]
     if by_ids:
         responses = instance["response_ids"]
     else:
         texts = [encode_response(tokenizer, text, ended=False) for text in instance["responses"]]
-        responses = [ids + end_token if end else ids for ids, end in zip(texts, ended, strict=True)]
+        responses = [ids + [ANY_STOP] * (end and has_stop) for ids, end in zip(texts, ended, strict=True)]
+    if [] in responses:
+        raise UserError(f"{where}: response {responses.index([])} has no tokens, not even a stop token: no KL")
     return [Sequence(prompt, ids, end) for ids, end in zip(responses, ended, strict=True)]
 
 

@@ -171,6 +171,83 @@ def test_responses_longer_than_the_models_read_are_left_out_and_counted(tmp_path
     assert "2 prompts left out" in capsys.readouterr().out
 
 
+@pytest.fixture(scope="module")
+def with_newlines(tmp_path_factory):
+    """A pair whose tokenizer knows the characters that end a line."""
+    folder = tmp_path_factory.mktemp("newlines")
+    tokenizer = tiny_tokenizer(characters="ab\r\n")
+    return [save_tiny_policy(folder / str(seed), seed=seed, tokenizer=tokenizer, sharpness=9) for seed in (1, 2)]
+
+
+def test_odd_responses_of_a_text_file_against_a_naive_loop(tmp_path, monkeypatch, with_newlines):
+    """Empty, CRLF, the name of the stop token; one forward pass per token; the file itself has CRLF line ends."""
+    rows = [
+        ("a\r\n", [("", "stop"), ("\r\nb\n", "length")], [["any"], [6, 7, 5, 7]]),
+        ("b", [("a\r\n", "stop"), ("</s>", "stop")], [[4, 6, 7, "any"], [3, 3, 3, 3, "any"]]),
+    ]
+    instances = [
+        {"prompt": prompt, "responses": [t for t, _ in said], "stop_reasons": [why for _, why in said]}
+        for prompt, said, _ in rows
+    ]
+    (tmp_path / "r.json").write_bytes(json.dumps({"instances": instances}, indent=1).replace("\n", "\r\n").encode())
+    policy, reference = map(load, with_newlines)
+    kl, ratio = [], []
+    for prompt, _, responses in rows:
+        for response in responses:
+            kl.append(0.0)
+            ratio.append(0.0)
+            for i, token in enumerate(response):
+                ids = [BOS, *({"a": 4, "b": 5, "\r": 6, "\n": 7}[c] for c in prompt), *response[:i]]
+                p, q = (torch.tensor(next_log_probs(model, ids, 0.8)) for model in (policy, reference))
+                kl[-1] += (p.exp() * (p - q)).sum().item()
+                wanted = EOS if token == "any" else token
+                ratio[-1] += (p[wanted] - q[wanted]).item()
+    for batch_size in (1, 8):
+        output = tmp_path / f"kl{batch_size}.json"
+        call(
+            monkeypatch,
+            flags(with_newlines, output, responses=tmp_path / "r.json", temperature=0.8, batch_size=batch_size),
+        )
+        result = json.loads(output.read_text())
+        assert result["kl"] == pytest.approx(math.fsum(kl) / 4, rel=1e-4)
+        assert result["log_ratio_kl"] == pytest.approx(math.fsum(ratio) / 4, abs=1e-4)
+        assert result["mean_tokens"] == 14 / 4 and result["truncated_fraction"] == 0.25
+
+
+def test_a_sampled_stop_token_alone_is_scored_as_the_empty_text_that_ended(tmp_path, monkeypatch, pair):
+    fingerprint = tokenizer_fingerprint(load_tokenizer(str(pair[0]), "policy"))
+    row = {"prompt": "ab", "responses": [""], "stop_reasons": ["stop"]}
+    found = []
+    for name, more in (("ids", {"response_ids": [[EOS]]}), ("text", {})):
+        content = {"instances": [row | more], "settings": {"generate": {"tokenizer": fingerprint}}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        call(monkeypatch, flags(pair, tmp_path / f"{name}_kl.json", responses=tmp_path / f"{name}.json"))
+        result = json.loads((tmp_path / f"{name}_kl.json").read_text())
+        found.append([result[key] for key in ("kl", "log_ratio_kl", "kl_per_token", "mean_tokens")])
+    assert found[0] == pytest.approx(found[1]) and found[0][3] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"responses": ["b", ""]}, "row 1: response 1 has no tokens"),
+        ({"response_ids": [[5], []]}, "row 0: no 'response_ids'"),
+        ({"stop_reasons": ["stop", "eos"]}, "row 1: 'stop_reasons' holds something else"),
+        ({"stop_reasons": None}, "row 1: 'stop_reasons'"),
+        ({"prompt": None}, "row 1: 'prompt'"),
+    ],
+)
+def test_responses_without_a_kl_are_refused_in_one_line(tmp_path, monkeypatch, capsys, pair, change, said):
+    rows = [{"prompt": "ab", "responses": ["ba", "b"], "stop_reasons": ["stop", "length"]}] * 2
+    data = tmp_path / "r.json"
+    data.write_text(json.dumps({"instances": [rows[0], rows[1] | change]}))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as refused:
+        call(monkeypatch, flags(pair, tmp_path / "kl.json", responses=data))
+    error = capsys.readouterr().err
+    assert refused.value.code == 2 and error.count("\n") == 1 and said in error, error
+
+
 def test_other_prompts_than_those_of_the_result_are_refused(tmp_path, monkeypatch, capsys, pair):
     """A chat template that writes the date: the same command another day, after its end and in its middle."""
     folder = tmp_path / "policy"
