@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import psutil
 
+from common.journal import journal_path
+
 MARK = "SOAK_RUN"
 NO_HANG = 240  # seconds within which a command must have ended after one of its processes was killed
 
@@ -64,16 +66,28 @@ def finish(command: Command, log: Path, mark: str) -> float:
     return time.monotonic() - began
 
 
-def kill_one(command: Command, log: Path, mark: str, longest: float, rng: random.Random) -> str:
+def kill_one(
+    command: Command, log: Path, mark: str, longest: float, rng: random.Random, wanted: str = ""
+) -> str:
     """Runs the command and kills one of its processes after a random time.
+
+    Args:
+        longest: seconds, of that time.
+        wanted: kill the process with this in its title instead, as soon as the journal holds rows.
 
     Returns:
         What that process was (`title`); nothing if the command was done before.
     """
     process = start(command, log, mark)
     try:
-        time.sleep(rng.uniform(0, longest))
-        victims = marked(mark)
+        if wanted:
+            while process.poll() is None and not has_rows(command.output):
+                time.sleep(0.05)
+            victims = [victim for victim in marked(mark) if wanted in title(victim)]
+            assert victims, f"no {wanted} among {[title(found) for found in marked(mark)]}"
+        else:
+            time.sleep(rng.uniform(0, longest))
+            victims = marked(mark)
         if process.poll() is not None or not victims:
             assert process.wait(timeout=NO_HANG) == 0, log.read_text(errors="replace")[-3000:]
             return ""
@@ -84,6 +98,12 @@ def kill_one(command: Command, log: Path, mark: str, longest: float, rng: random
         return name
     finally:
         clear(mark)
+
+
+def has_rows(output: Path) -> bool:
+    """Whether the journal beside `output` holds more than its first line, the settings."""
+    path = journal_path(output)
+    return path.exists() and path.read_bytes().count(b"\n") > 1
 
 
 def title(process: psutil.Process) -> str:
