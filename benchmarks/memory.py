@@ -3,10 +3,11 @@
 Reads   the quickstart's prompts (alignment/assets), repeated as often as needed. Writes nothing that stays; prints a
         Markdown table.
 
-The tiny policy's keys and values are wide, so that 1,000 prompts already fill vLLM's cache (1 GiB): the cache is
-touched page by page, and what it takes is not growth.
+The tiny policy's keys and values are wide, so that the smaller number of prompts already fills vLLM's cache (1 GiB):
+the cache is touched page by page, and what it takes is not growth.
 
     python benchmarks/memory.py
+    python benchmarks/memory.py --prompts 1000 10000 --max_new_tokens 16
 """
 
 import argparse
@@ -23,8 +24,8 @@ from benchmarks.harness import ASSETS, PROJECT, Row, peak_memory, report
 MIB = 2**20
 ALLOWED = 1.2
 WORDS = """
-Peak memory of the real scripts as processes of their own, two responses per prompt (at most 16 tokens where they are
-generated), tiny random models; baseline: few prompts, ours: ten times as many. vLLM's cache (1 GiB) is full in both.
+Peak memory of the real scripts as processes of their own, two responses per prompt (of at most {} tokens where they
+are generated), tiny random models; baseline: few prompts, ours: many. vLLM's cache (1 GiB) is full in both.
 """
 MODELS = """
 import sys
@@ -49,15 +50,15 @@ def write_prompts(path: Path, count: int) -> None:
         file.writelines(f"{lines[i % len(lines)]}\n" for i in range(count))
 
 
-def generate(folder: Path, count: int, backend: str) -> int:
+def generate(folder: Path, count: int, backend: str, max_new_tokens: int) -> int:
     """Peak memory of generate.py, bytes."""
     flags = {
         "model_name_or_path": folder / "policy",
         "ref_model_name_or_path": folder / "reference",
         "dataset_name_or_path": folder / f"prompts_{count}.jsonl",
         "sampler": "mixp",
-        "max_new_tokens": 16,
-        "max_num_seqs": 128,
+        "max_new_tokens": max_new_tokens,
+        "max_num_seqs": 256,
         "backend": backend,
         "output_file": folder / f"{backend}_{count}.json",
     }
@@ -106,30 +107,29 @@ def row(case: str, few: int, many: int, counts: list[int]) -> Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--prompts", type=int, nargs=2, default=[1000, 10000], help="few and many (default 1000 10000)"
+        "--prompts", type=int, nargs=2, default=[10_000, 100_000], help="few and many (default 10000 100000)"
     )
+    parser.add_argument("--max_new_tokens", type=int, default=2, help="of a response (default 2)")
     parser.add_argument("--only", default="", help="only cases whose name begins so")
     args = parser.parse_args()
-    counts = args.prompts
-    # Ten times the rows where no engine is at work.
+    few, many = args.prompts
     cases = {
-        "generate, vLLM": (1, lambda folder, count: generate(folder, count, "vllm")),
-        "generate, transformers": (1, lambda folder, count: generate(folder, count, "hf")),
-        "annotate": (10, annotate_by_model),
-        "annotate with a function": (10, annotate_by_function),
+        "generate, vLLM": lambda folder, count: generate(folder, count, "vllm", args.max_new_tokens),
+        "generate, transformers": lambda folder, count: generate(folder, count, "hf", args.max_new_tokens),
+        "annotate": annotate_by_model,
+        "annotate with a function": annotate_by_function,
     }
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_models(folder)
-        for count in counts:
+        for count in args.prompts:
             write_prompts(folder / f"prompts_{count}.jsonl", count)
-        for case, (factor, peak) in cases.items():
+        for case, peak in cases.items():
             if case.startswith(args.only):
-                many = [factor * count for count in counts]
-                name = f"{case}, {many[0]:,} and {many[1]:,} prompts"
-                rows.append(row(name, *(peak(folder, count) for count in many), many))
-    report("Memory", WORDS, rows)
+                name = f"{case}, {few:,} and {many:,} prompts"
+                rows.append(row(name, *(peak(folder, count) for count in args.prompts), args.prompts))
+    report("Memory", WORDS.format(args.max_new_tokens), rows)
 
 
 if __name__ == "__main__":
