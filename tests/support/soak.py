@@ -66,9 +66,7 @@ def finish(command: Command, log: Path, mark: str) -> float:
     return time.monotonic() - began
 
 
-def kill_one(
-    command: Command, log: Path, mark: str, longest: float, rng: random.Random, wanted: str = ""
-) -> str:
+def kill_one(command: Command, log: Path, mark: str, longest: float, rng: random.Random, wanted: str = "") -> str:
     """Runs the command and kills one of its processes after a random time.
 
     Args:
