@@ -103,10 +103,13 @@ def _attention(
         rows = states.transpose(1, 2)[0].index_select(0, prefixes.index.flatten())
         return rows.view(*prefixes.index.shape, *rows.shape[1:]).transpose(1, 2)
 
-    output, weights = sdpa_attention_forward(
-        module, spread(query), spread(key), spread(value), prefixes.mask, **options
-    )
-    return output.flatten(0, 1).index_select(0, prefixes.first)[None], weights
+    states, precision = (query, key, value), contextlib.nullcontext()
+    if query.device.type == "cpu":
+        # torch's backward pass of attention in bfloat16 takes twice as long on a CPU as that in float32.
+        states, precision = (x.float() for x in states), torch.autocast("cpu", enabled=False)
+    with precision:
+        output, weights = sdpa_attention_forward(module, *map(spread, states), prefixes.mask, **options)
+    return output.flatten(0, 1).index_select(0, prefixes.first)[None].to(query.dtype), weights
 
 
 AttentionInterface.register(SHARED, _attention)

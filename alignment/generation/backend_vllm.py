@@ -131,13 +131,18 @@ class VLLMGenerator:
 
     def _generate(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Response]:
         engine = self.llm.llm_engine
-        in_flight = 0
+        in_flight, models = 0, None
         waiting, ready = iter(requests), collections.deque()
         while True:
             if not ready and in_flight < self.window:
-                # Requests that need the same models run together: a model that none in the batch needs rests.
-                ready.extend(sorted(itertools.islice(waiting, self.window), key=_weighed))
-            while ready and in_flight < self.window:
+                # Requests that need the same models run together: a model that none in the batch needs rests. First
+                # come those that may join the ones in flight.
+                window = itertools.islice(waiting, self.window)
+                ready.extend(sorted(window, key=lambda request: (_weighed(request) != models, _weighed(request))))
+            # With requests of two kinds in a batch all models would run on all of it. The last ones of a kind in a
+            # batch of their own cost less.
+            while ready and in_flight < self.window and (not in_flight or _weighed(ready[0]) == models):
+                models = _weighed(ready[0])
                 self._add(ready.popleft(), sampling)
                 in_flight += 1
             if not in_flight:
