@@ -25,6 +25,11 @@ RECIPE_OF = {
 TRAIN = "sample_train_safe_rlhf.sh"
 
 
+@pytest.mark.parametrize("driver", RECIPE_OF)
+def test_a_refusal_names_the_command_that_was_typed(driver):
+    assert refused(driver, NOPE=1) == f"{driver}: error: NOPE: no such setting; --help lists all"
+
+
 def test_iteration_one_is_trained_once_and_shared():
     expected = ["generate 1 online", "annotate 1 online", "train 1 online"]
     for n in (2, 3):
