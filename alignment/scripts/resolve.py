@@ -108,7 +108,7 @@ def resolve(words: list[str]) -> Settings:
         setattr(s, name, getattr(s, name) and getattr(s, name).replace("${ASSETS}", s.ASSETS))
     s.PROMPTS = s.PROMPTS and [source.replace("${ASSETS}", s.ASSETS) for source in s.PROMPTS]
     s.JUDGE_TEMPLATE = s.JUDGE_TEMPLATE or s.REWARD_TEMPLATE
-    s.EVAL_TRAIN_END = s.EVAL_TRAIN_END or s.TRAIN_END
+    s.EVAL_TRAIN_END = min(s.EVAL_TRAIN_END or s.TRAIN_END, s.TRAIN_END)
     s.KL_TEMPERATURE = s.TEMPERATURE if s.KL_TEMPERATURE is None else s.KL_TEMPERATURE
     s.GPUS = machine.gpus(s.NEEDS_GPU, s.DRY_RUN) if s.GPUS is None else s.GPUS
     if s.BF16 == "native":

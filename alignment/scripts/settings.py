@@ -278,7 +278,7 @@ class Settings:
     # Evaluation
     EVAL_K: int = setting(1, COUNT, "responses per prompt")
     EVAL_TEMPERATURE: float = setting(0.1, NUMBER, "0 is greedy")
-    EVAL_TRAIN_END: int = setting(None, COUNT, "training prompt to stop before; not set: TRAIN_END")
+    EVAL_TRAIN_END: int = setting(None, COUNT, "training prompt to stop before; not set, or above it: TRAIN_END")
     MODELS: list = setting([], MODELS, "given checkpoints, evaluated beside BASE_MODEL instead of a run's own models")
     SCORE_KL: bool = setting(False, FLAG, "score what the KL is measured on: reward, KL and value of one policy")
     KL_PROMPTS: int = setting(200, COUNT, "test prompts on which the KL is measured")

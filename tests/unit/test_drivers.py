@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from commands import bash, settings
+from commands import ALIGNMENT, bash, run, settings
 from plans import fake_nvidia_smi, flag, in_turn, plan, refused, values
 
 from bandit.mixtures import get_mixture
@@ -28,6 +28,17 @@ TRAIN = "sample_train_safe_rlhf.sh"
 @pytest.mark.parametrize("driver", RECIPE_OF)
 def test_a_refusal_names_the_command_that_was_typed(driver):
     assert refused(driver, NOPE=1) == f"{driver}: error: NOPE: no such setting; --help lists all"
+
+
+def test_no_more_train_prompts_are_evaluated_than_trained_on(tmp_path):
+    for given, end in ((80, "40"), (16, "16")):
+        [words, *_] = [words for _, words in plan("sample_eval_safe_rlhf.sh", RECIPE="quickstart", TRAIN_END=given)]
+        assert values(in_turn(words)[0], "--end") == ["496", end]
+
+
+def test_a_reader_that_has_seen_enough_is_no_failure():
+    done = run(["bash", "-c", f"bash {ALIGNMENT / TRAIN} DRY_RUN=1 | head -2"])
+    assert done.stdout.startswith("\n[generate 1 online] ") and done.stderr == ""
 
 
 def test_iteration_one_is_trained_once_and_shared():
