@@ -24,7 +24,7 @@ from benchmarks.harness import PROJECT, Row, report
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-ALLOWED = 0.25  # of all time, for start-up
+ALLOWED = 0.15  # of all time, for start-up
 
 
 def stage_seconds(run_dir: Path) -> dict[str, list[float]]:
