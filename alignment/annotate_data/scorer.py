@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -149,12 +150,18 @@ class RewardScorer(TextBatches):
         self.say(f"out of GPU memory: going on with batches of {self.token_budget} tokens")
         return None
 
-    @torch.inference_mode()
     def forward(self, batch: list[Sequence[int]]) -> list[float]:
-        """Scores of one batch of token lists."""
+        """Scores of one batch of token lists, the longest first; on a CPU each core takes a part of it."""
         inputs = pad_right(batch, self.model.config)
         if inputs is None:  # every id of the vocabulary occurs, so nothing is left to pad with
             return [score for row in batch for score in self.forward([row])]
+        parts = parts_of(inputs, torch.get_num_threads()) if self.model.device.type == "cpu" else [inputs]
+        if len(parts) == 1:
+            return self._scores(*parts)
+        return [score for scores in in_threads(self._scores, parts) for score in scores]
+
+    @torch.inference_mode()
+    def _scores(self, inputs: dict[str, torch.Tensor]) -> list[float]:
         inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
         return self.model(**inputs).logits[:, self.column].float().tolist()
 
@@ -162,7 +169,10 @@ class RewardScorer(TextBatches):
         """Whether a text padded to a longer one keeps its score; a model's own code may not promise that."""
         texts = ["A short text.", "A text that is longer, so that the short one needs padding beside it."]
         rows, _ = encode(self.tokenizer, texts, self.max_length)
-        together, alone = self.forward(rows)[0], self.forward(rows[:1])[0]
+        inputs = pad_right(rows, self.model.config)
+        if inputs is None:  # then `forward` never pads these
+            return True
+        together, alone = self._scores(inputs)[0], self.forward(rows[:1])[0]
         tolerance = 1e-3 if dtype == "float32" else 0.1 * (1 + abs(alone))
         # NaN scores are reported with their row later.
         if not abs(together - alone) > tolerance:
@@ -183,6 +193,24 @@ class ScoringEngine:
         notes = self.notes.copy()
         self.notes.clear()
         return scores, notes
+
+
+def parts_of(inputs: dict[str, torch.Tensor], count: int) -> list[dict[str, torch.Tensor]]:
+    """Divide a batch [B, T], padded on the right, into `count` parts at most, each as wide as its longest text."""
+    chunks = zip(*(tensor.chunk(count) for tensor in inputs.values()), strict=True)
+    parts = [dict(zip(inputs, chunk, strict=True)) for chunk in chunks]
+    widths = [int(part["attention_mask"].sum(1).max()) for part in parts]
+    return [{name: x[:, :width] for name, x in part.items()} for part, width in zip(parts, widths, strict=True)]
+
+
+def in_threads(work: Callable, parts: list) -> list:
+    """Return `work` of every part, each on one core: cores that share a product wait for one another every time."""
+    cores = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(len(parts), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(work, parts))
+    finally:
+        torch.set_num_threads(cores)
 
 
 def within_budget(count: int, longest: int, budget: int) -> int:

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from annotate_data import get_rewards
-from annotate_data.scorer import RewardScorer, pad_right
+from annotate_data.scorer import RewardScorer, in_threads, pad_right, parts_of
 from annotate_data.texts import encode
 from common.cli import run
 
@@ -195,6 +195,52 @@ def test_column_of_several_labels(tmp_path, annotate):
     data = data_file(tmp_path / "in.json", [("a", ["b"])])
     failed = annotate(*flags(data, folder, tmp_path / "out.json"), check=False)
     assert failed.returncode == 2 and "3 labels" in failed.stderr
+
+
+@pytest.fixture
+def two_cores():
+    """Two threads, whatever this test run was given."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_part_of_a_batch_is_as_wide_as_its_longest_text():
+    rows = [list(range(1, length + 1)) for length in (9, 7, 7, 4, 2)]
+    mask = torch.tensor([[1] * len(row) + [0] * (9 - len(row)) for row in rows])
+    ids = torch.tensor([row + [0] * (9 - len(row)) for row in rows])
+    parts = parts_of({"input_ids": ids, "attention_mask": mask}, 2)
+    assert [part["input_ids"].shape for part in parts] == [(3, 9), (2, 4)]
+    found = [x[m.bool()].tolist() for part in parts for x, m in zip(*part.values(), strict=True)]
+    assert found == rows
+
+
+def test_cores_divide_a_batch_and_get_their_threads_back(reward_model, two_cores):
+    assert RewardScorer(str(reward_model)).score(TEXTS) == pytest.approx(alone(reward_model, TEXTS), abs=1e-5)
+    assert torch.get_num_threads() == 2
+    with pytest.raises(ZeroDivisionError):
+        in_threads(lambda part: 1 // part, [1, 0])
+    assert torch.get_num_threads() == 2
+
+
+def test_a_model_that_sees_padding_is_given_none(reward_model, two_cores, capsys):
+    """The parts of a batch hide padding from the check unless it is made on one whole batch."""
+    scorer = RewardScorer(str(reward_model))
+    assert scorer.padding_is_safe
+    truth, whole = scorer.score(TEXTS), scorer.model.forward
+
+    def forward(input_ids, **inputs):
+        output = whole(input_ids=input_ids, **inputs)
+        output.logits = output.logits + input_ids.shape[1]
+        return output
+
+    scorer.model.forward = forward
+    scorer.padding_is_safe = scorer._padding_is_safe("float32")
+    lengths = [len(ids) for ids in encode(scorer.tokenizer, TEXTS, None)[0]]
+    assert "batching equal lengths only" in capsys.readouterr().out and len(set(lengths)) > 2
+    expected = [score + length for score, length in zip(truth, lengths, strict=True)]
+    assert scorer.score(TEXTS) == pytest.approx(expected, abs=1e-4)
 
 
 def test_out_of_memory_halves_the_budget_and_goes_on(reward_model, monkeypatch, capsys):
