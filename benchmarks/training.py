@@ -92,7 +92,8 @@ def trl_trainer(model: str, rows: list[dict], batch: int, output_dir: str, refer
         model=load_causal_lm(model, "--model", "float32"),
         ref_model=load_causal_lm(model, "--model", "float32") if reference else None,
         args=DPOConfig(output_dir=output_dir, **options),
-        train_dataset=arrow(rows),
+        # Without our log-probabilities: trl adds its own.
+        train_dataset=arrow(rows).select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]),
         processing_class=load_tokenizer(model, "--model"),
     )
 
