@@ -12,12 +12,13 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 from commands import ALIGNMENT
-from soak import Command, finish, kill_one, title
+from soak import Command, clear, finish, kill_one, marked, start, title
 from tiny import save_tiny_policy, save_tiny_reward_model
 
 pytestmark = pytest.mark.slow
@@ -106,6 +107,23 @@ def test_the_log_tells_processes_of_one_program_apart():
             found.append(title(psutil.Process(process.pid)))
             process.stdin.write(b"\n")
     assert found == [f"{Path(sys.executable).name} -c {wait}", "VLLM::EngineCore"]
+
+
+def test_a_child_that_writes_over_its_environment_is_found(tmp_path):
+    """As vLLM's engine process does; by the mark alone it would never be a victim."""
+    child = "from setproctitle import setproctitle; setproctitle('VLLM::EngineCore'); import time; time.sleep(100)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    mark = str(tmp_path)
+    process = start(Command([sys.executable, "-c", parent], {}, tmp_path), tmp_path / "log", mark)
+    try:
+        end = time.monotonic() + 60
+        while not (found := [title(one) for one in marked(mark)])[1:] or ENGINE not in found[1]:
+            assert time.monotonic() < end, found
+            time.sleep(0.1)
+    finally:
+        clear(mark)
+    process.wait(timeout=60)
+    assert not marked(mark)
 
 
 @pytest.mark.parametrize(

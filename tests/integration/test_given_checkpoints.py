@@ -25,7 +25,7 @@ def test_a_checkpoint_is_evaluated_without_training(temperature, part, tmp_path)
         assert result.returncode == 0, f"{driver}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
     assert not (run_dir / "models").exists()
     result = bash(f"alignment/{KL}", *settings(**given | {"MAX_NEW_TOKENS": 5}))  # not those of the files
-    assert result.returncode == 2 and "max_new_tokens" in result.stderr.splitlines()[-1], result.stderr
+    assert result.returncode == 2 and "max_new_tokens=8, now max_new_tokens=5" in result.stderr, result.stderr
     rows = {row["sampler"]: row for row in csv.DictReader((run_dir / "results/summary.csv").open())}
     assert list(rows) == ["base", "theirs"]
     kl = json.loads(names.kl(run_dir, None, "theirs").read_text())["kl"]

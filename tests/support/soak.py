@@ -1,5 +1,6 @@
 """Killing any process of a running command: all that it starts carry a mark in their environment."""
 
+import contextlib
 import os
 import random
 import re
@@ -31,15 +32,16 @@ class Command(NamedTuple):
 
 
 def marked(mark: str) -> list[psutil.Process]:
-    """The living processes that carry the mark, in the order of their ids."""
-    found = []
+    """The living processes that carry the mark, and their children, in the order of their ids.
+
+    vLLM's engine process writes its name over its environment, and the mark is lost.
+    """
+    found = {}
     for process in psutil.process_iter():
-        try:
-            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except psutil.Error:  # of another user, or just gone
-            continue
-    return sorted(found, key=lambda process: process.pid)
+        with contextlib.suppress(psutil.Error):  # of another user, or just gone
+            if process.environ().get(MARK) == mark:
+                found |= {one.pid: one for one in (process, *process.children(recursive=True))}
+    return [one for _, one in sorted(found.items()) if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
 
 
 def start(command: Command, log: Path, mark: str) -> subprocess.Popen:
