@@ -12,7 +12,7 @@ from commands import PROJECT
 from lab import curvature, design, intervals, noise, sampling, train
 from lab.checkpoint import load_checkpoint, save_checkpoint
 from lab.environment import Environment, Setting, exact_values, make_environment
-from lab.learners import Scores, Transformer, make_learner, structure
+from lab.learners import Scores, Transformer, structure
 from lab.tree import mixed, next_token_logps, response_logps, responses
 from scipy import special, stats
 from transformers import GPT2LMHeadModel
@@ -320,56 +320,55 @@ def test_the_curvature_is_autograds_hessian_of_the_expected_loss(env, name):
         np.testing.assert_allclose(found[:size], expected[:size], atol=1e-6 * expected[0])
 
 
-@pytest.mark.parametrize("learner", ["table", "linear", "transformer"])
 @pytest.mark.parametrize("name", ["online", "gshf", "theory"])
-def test_gain_and_noise_of_a_step_are_sums_over_pairs_and_labels(learner, name):
-    """Every pair, both labels, by autograd through the training's own loss; so is the gap's Hessian."""
-    setting = dataclasses.replace(SMALL, learner=learner, length=2, width=4)
+def test_at_the_optimum_a_pairs_gradient_has_the_hessian_as_its_covariance(name):
+    """Every pair with both labels, through the training's own loss and autograd."""
+    setting = dataclasses.replace(SMALL, length=2)
     env, rows, row = make_environment(setting, [0, 1], fit_steps=20), torch.tensor([1]), sampling.lab_sampler(name)
-    model, start = make_learner(setting, env.reference, env.ref_logps)
-    theta = start[1:2] + torch.randn(1, start.shape[1], generator=torch.Generator().manual_seed(4)) * 0.1
-    theta.requires_grad_()
-    logps, nodes = model(theta, rows)
-    law = sampling.pair_law(row.row, setting.beta, nodes.detach(), env.ref_nodes[rows], 2)[0]
-    runs, mean, covariance = train.Runs([row], torch.ones(1), rows), 0, 0
-    for prompt in range(2):
-        shares, gradients = [], []
-        for chosen, rejected in itertools.product(range(9), repeat=2):
-            both = law[prompt, chosen, rejected] + law[prompt, rejected, chosen]
-            wins = (env.rewards[1, prompt, chosen] - env.rewards[1, prompt, rejected]).sigmoid()
-            pair = (torch.tensor([[y]]) for y in (chosen, rejected, rejected))
-            loss = train.loss_of(setting, env, runs, logps, train.Pairs(torch.tensor([prompt]), *pair))
-            gradients.append(torch.autograd.grad(loss, theta, retain_graph=True)[0][0].double())
-            shares.append(float(both * wins))
-        shares, gradients = torch.tensor(shares).double(), torch.stack(gradients)
-        assert shares.sum() == pytest.approx(1)
-        own = shares @ gradients
-        mean, covariance = (
-            mean + own / 2,
-            covariance + ((gradients.mT * shares) @ gradients - torch.outer(own, own)) / 2,
-        )
-
-    def gap(t: torch.Tensor) -> torch.Tensor:
-        return exact_values(model(t, rows)[0], env.ref_logps[rows], env.rewards[rows], setting.beta)[0, 0]
-
-    slope = torch.autograd.grad(gap(theta), theta)[0][0].double()
-    hessian = torch.autograd.functional.hessian(gap, theta.detach())[0, :, 0].double()
-    point = noise.point_at(setting, env, model, theta.detach(), 1)
-    for optimizer in ("sgd", "adam"):
-        scale = torch.ones(len(mean)).double()
-        if optimizer == "adam":
-            scale = (mean**2 + covariance.diagonal() / setting.pairs).clamp(min=1e-20).rsqrt()
-        found = noise.step_of(setting, env, point, row.row, optimizer)
-        bent = scale.unsqueeze(1) * hessian * scale
-        expected = (slope @ (scale * mean), mean @ bent @ mean, (bent * covariance).sum())
-        np.testing.assert_allclose(found, [float(x) for x in expected], rtol=2e-3)
+    optimum = (env.ref_logps + env.rewards / setting.beta).log_softmax(-1)
+    logps = optimum[1:2].clone().requires_grad_()
+    nodes = next_token_logps(optimum[1:2], 3, 2)
+    law = sampling.pair_law(row.row, setting.beta, nodes, env.ref_nodes[rows], 2)[0]
+    runs, covariance = train.Runs([row], torch.ones(1), rows), 0
+    for prompt, chosen, rejected in itertools.product(range(2), range(9), range(9)):
+        both = law[prompt, chosen, rejected] + law[prompt, rejected, chosen]
+        wins = (env.rewards[1, prompt, chosen] - env.rewards[1, prompt, rejected]).sigmoid()
+        pair = (torch.tensor([[y]]) for y in (chosen, rejected, rejected))
+        loss = train.loss_of(setting, env, runs, logps, train.Pairs(torch.tensor([prompt]), *pair))
+        gradient = torch.autograd.grad(loss, logps)[0].flatten()
+        covariance = covariance + both * wins * torch.outer(gradient, gradient) / 2
+    hessian = curvature.loss_hessian(setting, env, optimum, row.row, 1)
+    np.testing.assert_allclose(covariance.detach().numpy(), hessian.numpy(), rtol=1e-4, atol=1e-9)
 
 
-def test_the_gain_of_a_step_is_the_parabolas_minimum():
-    step = noise.Step(0.3, 0.7, 4.0)
-    lowest = min(-s * 0.3 + s**2 / 2 * (0.7 + 4.0 / 8) for s in np.linspace(0, 1, 10001))
-    assert step.gain(8) == pytest.approx(-lowest, rel=1e-6) and step.gain(math.inf) == pytest.approx(0.3**2 / 1.4)
-    assert noise.Step(-0.3, 0.7, 4.0).gain(8) == 0 and math.isnan(noise.Step(0.3, -0.7, 0.0).gain(8))
+@pytest.mark.parametrize("labels", [8, math.inf])
+def test_a_linearised_run_is_the_recursion_of_mean_and_covariance(labels):
+    """In the parameters, with whole matrices; 5 parameters of 8 log-probabilities."""
+    rng = np.random.default_rng(0)
+    jacobian, edges, spread = (rng.normal(size=shape) for shape in ((8, 5), (8, 8), (8, 8)))
+    edges = np.abs(edges + edges.T)
+    hessian, value = np.diag(edges.sum(1)) - edges, spread @ spread.T
+    first, curved, worth = rng.normal(size=5), jacobian.T @ hessian @ jacobian, jacobian.T @ value @ jacobian
+    tensors = (torch.from_numpy(x) for x in (jacobian @ jacobian.T, hessian, value, jacobian @ first))
+    found = noise.run_gaps(*tensors, updates=12, labels=labels)
+    for rate, gap in zip(noise.RATES.numpy(), found.numpy(), strict=True):
+        mean, covariance = first, np.zeros((5, 5))
+        for update in range(12):
+            size = rate / np.linalg.eigvalsh(curved)[-1] * (1 - update / 12)
+            kept = np.eye(5) - size * curved
+            mean, covariance = kept @ mean, kept @ covariance @ kept.T + size**2 / labels * curved
+        assert gap == pytest.approx((mean @ worth @ mean + np.trace(worth @ covariance)) / 2, rel=1e-6)
+
+
+def test_the_value_gaps_hessian_is_autograds(env):
+    optimum = (env.ref_logps + env.rewards / SMALL.beta).log_softmax(-1)[1]
+
+    def gap(change: torch.Tensor) -> torch.Tensor:
+        moved = (optimum + change.view(2, 27)).log_softmax(-1).unsqueeze(0)
+        return exact_values(moved, env.ref_logps[1:], env.rewards[1:], SMALL.beta)[0, 0]
+
+    whole = torch.autograd.functional.hessian(gap, torch.zeros(54).double())
+    torch.testing.assert_close(noise.value_hessian(SMALL, optimum), whole, rtol=1e-6, atol=1e-10)
 
 
 # --- Intervals --------------------------------------------------------------------------------------------------
