@@ -104,7 +104,7 @@ def run_gaps(kernel, hessian, value, start, updates: int, labels: float) -> torc
 
 def draw(gaps: np.ndarray):
     """Draw gaps minus online's, [seeds, learners, samplers, NOISE]: filled with noise, hollow without."""
-    figure, axes = plt.subplots(1, len(LEARNERS), figsize=(9.6, 3.0))
+    figure, axes = plt.subplots(1, len(LEARNERS), figsize=(9.6, 3.0), layout="constrained")
     for axis, learner, values in zip(axes, LEARNERS, gaps.swapaxes(0, 1), strict=True):
         for x, name in enumerate(SAMPLERS[1:]):
             for which in range(len(NOISE)):

@@ -108,9 +108,15 @@ def leave(disk: Path, free: int) -> Path:
     return filler
 
 
-@pytest.mark.parametrize(("free", "named"), [(8 * KIB, "out.json.journal"), (64 * KIB, "out.json")])
+def test_disk_full_where_prompts_wait(place, disk):
+    leave(disk, 4 * KIB)
+    ends_in_one_line(generate(place, disk / "out.json"), f"{disk}: cannot write (No space left on device)")
+    assert [path.name for path in disk.iterdir()] == ["filler"]
+
+
+@pytest.mark.parametrize(("free", "named"), [(28 * KIB, "out.json.journal"), (84 * KIB, "out.json")])
 def test_disk_full_while_generating(place, tmp_path, disk, free, named):
-    """In the journal, and with a whole journal in the final file."""
+    """In the journal, and with a whole journal in the final file; the prompts that wait take 20 KiB."""
     assert generate(place, tmp_path / "whole.json").returncode == 0
     filler = leave(disk, free)
     output = disk / "out.json"
