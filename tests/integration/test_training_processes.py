@@ -46,7 +46,7 @@ def wrapper(tmp_path: Path, action: str) -> Path:
 
 def start(command: list, **environment) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CI": "1", **environment}
-    return subprocess.run([str(c) for c in command], env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run([str(c) for c in command], env=environment, capture_output=True, text=True, timeout=900)
 
 
 def launch(config: Path, command: list, **environment) -> str:
