@@ -12,6 +12,7 @@ weighs beta^2 sigma'(r(y) - r(y')) times the probability of the pair. The second
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]
@@ -40,8 +41,21 @@ DIRECTION = 100  # the condition number is the largest eigenvalue over this one:
 
 def main() -> None:
     """Environments -> spectra -> figure and condition numbers."""
-    p = Parser(__doc__)
-    p.add("--seeds", "environments", type=int, default=3)
+    figure_of(__doc__, 3, "lab_curvature.png", spectra_of, draw, conditions)
+
+
+def figure_of(doc: str, seeds: int, file: str, one: Callable, draw: Callable, table: Callable) -> None:
+    """Read the flags of a script, measure `one` environment after the other at the optimum, draw and print them all.
+
+    Args:
+        doc: the script's docstring.
+        seeds: environments, where --seeds does not say.
+        file: name of the figure.
+        one: (setting, environments, optimum, transformers' parameters at it, seed) -> what is measured.
+        draw, table: of what `one` returned, stacked over environments.
+    """
+    p = Parser(doc)
+    p.add("--seeds", "environments", type=int, default=seeds)
     p.add("--beta", "KL coefficient", type=float, default=0.3)
     p.add("--output_dir", "folder of the figure", required=True)
     args = p.parse_args()
@@ -50,11 +64,11 @@ def main() -> None:
     env = make_environment(setting, list(range(args.seeds)))
     optimum = (env.ref_logps + env.rewards / setting.beta).log_softmax(-1)
     parameters = fitted(Transformer(setting), env.reference, optimum.float(), FIT_STEPS)
-    spectra = np.array([spectra_of(setting, env, optimum, parameters, seed) for seed in range(args.seeds)])
+    found = np.array([one(setting, env, optimum, parameters, seed) for seed in range(args.seeds)])
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    draw(spectra).savefig(output / "lab_curvature.png", dpi=110, bbox_inches="tight")
-    print(conditions(spectra))
+    draw(found).savefig(output / file, dpi=110, bbox_inches="tight")
+    print(table(found))
 
 
 def spectra_of(setting: Setting, env: Environment, optimum: torch.Tensor, parameters: torch.Tensor, seed: int):
@@ -84,23 +98,15 @@ def tangent_kernel(setting: Setting, env: Environment, parameters, learner: str,
     Args:
         parameters: the transformers' at the optimum, [seeds, D].
     """
-    own = parameters[seed] if learner == "transformer" else None
-    jacobian = jacobian_of(dataclasses.replace(setting, learner=learner), env, own, seed).double()
-    return jacobian @ jacobian.mT
-
-
-def jacobian_of(setting: Setting, env: Environment, parameters: torch.Tensor | None, seed: int) -> torch.Tensor:
-    """Return the gradients of all responses' log-probabilities, [P N, D]; of their scores for table and linear.
-
-    Args:
-        parameters: the transformer's, [D].
-    """
-    if setting.learner == "transformer":
+    if learner == "transformer":
         model = Transformer(setting)
         logps = lambda theta: model(theta.unsqueeze(0))[0].flatten()  # noqa: E731
-        return torch.func.jacrev(logps, chunk_size=64)(parameters)
-    model, start = make_learner(setting, env.reference, env.ref_logps)
-    return model.features(start[:1], None)[0].flatten(0, 1)
+        jacobian = torch.func.jacrev(logps, chunk_size=64)(parameters[seed])
+    else:
+        model, start = make_learner(dataclasses.replace(setting, learner=learner), env.reference, env.ref_logps)
+        jacobian = model.features(start[:1], None)[0].flatten(0, 1)
+    jacobian = jacobian.double()
+    return jacobian @ jacobian.mT
 
 
 def root_of(hessian: torch.Tensor) -> torch.Tensor:

@@ -27,14 +27,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from lab.curvature import FIT_STEPS, LEARNERS, SAMPLERS, loss_hessian, root_of, tangent_kernel
-from lab.environment import Environment, Setting, fitted, make_environment
+from lab.curvature import LEARNERS, SAMPLERS, figure_of, loss_hessian, root_of, tangent_kernel
+from lab.environment import Environment, Setting
 from lab.intervals import paired
-from lab.learners import Transformer
 from lab.sampling import lab_sampler
 
 from bandit.palette import color_of
-from common.cli import Parser, run
+from common.cli import run
 
 RATES = 2.0 ** (1 - torch.arange(25).double() / 2)  # of the step size, over 1 / the largest eigenvalue
 NOISE = ("labels", "none")
@@ -42,21 +41,7 @@ NOISE = ("labels", "none")
 
 def main() -> None:
     """Environments -> gaps of linearised runs -> figure and table."""
-    p = Parser(__doc__)
-    p.add("--seeds", "environments", type=int, default=8)
-    p.add("--beta", "KL coefficient", type=float, default=0.3)
-    p.add("--output_dir", "folder of the figure", required=True)
-    args = p.parse_args()
-    torch.set_num_threads(1)  # more only wait for each other at these sizes
-    setting = Setting(beta=args.beta)
-    env = make_environment(setting, list(range(args.seeds)))
-    optimum = (env.ref_logps + env.rewards / setting.beta).log_softmax(-1)
-    parameters = fitted(Transformer(setting), env.reference, optimum.float(), FIT_STEPS)
-    gaps = np.array([gaps_of(setting, env, optimum, parameters, seed) for seed in range(args.seeds)])
-    output = Path(args.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    draw(gaps).savefig(output / "lab_noise.png", dpi=110, bbox_inches="tight")
-    print(table(gaps))
+    figure_of(__doc__, 8, "lab_noise.png", gaps_of, draw, table)
 
 
 def gaps_of(setting: Setting, env: Environment, optimum: torch.Tensor, parameters: torch.Tensor, seed: int):

@@ -149,8 +149,12 @@ def generate(s: Settings, n: int, samplers: list[str]) -> Commands:
         )
         for sampler, output in zip(samplers, outputs, strict=True)
     ]
-    on_a_cpu = s.GPUS == 0 and s.NUM_ENGINES is None and "RAY_ADDRESS" not in os.environ
-    return spread(s, *GENERATE, lines) if on_a_cpu else script(*GENERATE, lines)
+    return script(*GENERATE, lines) if s.GPUS or by_ray(s) else spread(s, *GENERATE, lines)
+
+
+def by_ray(s: Settings) -> bool:
+    """Return whether each model has several engines."""
+    return bool(s.NUM_ENGINES or os.environ.get("RAY_ADDRESS"))
 
 
 def seed_of(s: Settings, sampler: str) -> int:
@@ -292,13 +296,12 @@ def trained(s: Settings, first: int) -> list[tuple[int, str]]:
 
 def answers(s: Settings, lines: dict[tuple[int | None, str], dict]) -> Commands:
     """Return the commands in which models, named by (iteration, label), answer prompts; with the flags of each."""
-    by_ray = s.NUM_ENGINES or os.environ.get("RAY_ADDRESS")  # several engines for each model
-    shared = engine(s) | (engines(s, s.TENSOR_PARALLEL_SIZE) if by_ray else {}) | {"seed": s.SEED * 1000}
+    shared = engine(s) | (engines(s, s.TENSOR_PARALLEL_SIZE) if by_ray(s) else {}) | {"seed": s.SEED * 1000}
     words = [
         flags(model_name_or_path=model(s, *which), **prompts(s), sampler="online", **own, **shared)
         for which, own in lines.items()
     ]
-    return script(*GENERATE, words) if by_ray else spread(s, *GENERATE, words)
+    return script(*GENERATE, words) if by_ray(s) else spread(s, *GENERATE, words)
 
 
 def evaluate(s: Settings) -> Commands:
