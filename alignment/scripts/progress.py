@@ -2,11 +2,12 @@
 
     python alignment/scripts/progress.py SAMPLERS="online mixp" ITERS=2
 
-Reads   settings as the drivers take them; measures, for a second, how fast this machine multiplies matrices.
-Writes  one line with the minutes that the quickstart will take; RUN_DIR/machine_speed.txt, which later lines use.
+Reads   settings as the drivers take them; measures, for two seconds, how fast this machine multiplies matrices.
+Writes  one line with the minutes that the quickstart will take; RUN_DIR/machine_speed.json, which later lines use.
 """
 
 import contextlib
+import json
 import re
 import sys
 import time
@@ -21,19 +22,20 @@ from common.cli import run
 from scripts.settings import Settings, show
 
 # The reference machine: an AMD EPYC with 2 cores that multiplies bfloat16 itself. Operations per second in products
-# of 2048 x 2048 matrices (benchmarks/results/amd-epyc-2-cores.md), and
-REFERENCE_SPEED = {"bfloat16": 405e9, "float32": 180e9}
-# the quickstart's seconds on it: to start a stage, and per unit of its work.
+# of 2048 x 2048 matrices (benchmarks/results/amd-epyc-2-cores.md).
+REFERENCE_SPEED = {"float32": 180e9, "bfloat16": 405e9}
+# The quickstart's seconds on it: to start a stage, and per unit of its work what waits for either type's speed.
+# Starting is Python importing, which no faster product of matrices makes faster.
 SECONDS = {
-    "unpack": (20, 0),
-    "reward_models": (40, 0),
-    "generate": (14, 0.0037),
-    "annotate": (5, 0.018),
-    "train": (20, 0.36),
-    "evaluate": (8, 0.0026),
-    "annotate_evaluation": (5, 0.018),
-    "kl": (15, 0.005),
-    "summarize": (3, 0),
+    "unpack": (20, 0, 0),
+    "reward_models": (40, 0, 0),
+    "generate": (14, 0.0037, 0),
+    "annotate": (4, 0.005, 0),
+    "train": (12, 0.14, 0.15),
+    "evaluate": (8, 0.0028, 0),
+    "annotate_evaluation": (4, 0.009, 0),
+    "kl": (15, 0.0047, 0),
+    "summarize": (3, 0, 0),
 }
 
 
@@ -70,16 +72,27 @@ def units(s: Settings, stage: str) -> float:
     }.get(kind, 0)
 
 
-def expected(s: Settings, stage: str) -> float:
-    """Return the seconds that a stage takes on the reference machine."""
-    to_start, per_unit = SECONDS.get(stage.split()[0], (0, 0))
-    twice = 2 if stage.startswith("train ") and s.BF16 != "True" else 1
-    return to_start + twice * per_unit * units(s, stage)
+def expected(s: Settings, stage: str, speed: dict[str, float] | None = None) -> float:
+    """Return the seconds that a stage takes on a machine of this `speed` (see `machine_speed`)."""
+    speed = speed or dict.fromkeys(REFERENCE_SPEED, 1.0)
+    to_start, single, half = SECONDS.get(stage.split()[0], (0, 0, 0))
+    if s.BF16 != "True":  # all in float32
+        single, half = single + half * REFERENCE_SPEED["bfloat16"] / REFERENCE_SPEED["float32"], 0
+    return to_start + units(s, stage) * (single / speed["float32"] + half / speed["bfloat16"])
 
 
 def speed_file(s: Settings) -> Path:
     """Return the file that holds what `machine_speed` found."""
-    return Path(s.RUN_DIR, "machine_speed.txt")
+    return Path(s.RUN_DIR, "machine_speed.json")
+
+
+def speed_of(s: Settings) -> dict[str, float]:
+    """Return what `machine_speed` found when the run began; the reference machine's where nobody asked it."""
+    try:
+        found = json.loads(speed_file(s).read_text())
+        return {dtype: max(0.01, float(found[dtype])) for dtype in REFERENCE_SPEED}
+    except (OSError, ValueError, TypeError, KeyError):
+        return dict.fromkeys(REFERENCE_SPEED, 1.0)
 
 
 def spent(s: Settings) -> dict[str, float]:
@@ -94,17 +107,14 @@ def spent(s: Settings) -> dict[str, float]:
 
 def minutes(s: Settings, stages: list[str], index: int) -> tuple[float, float]:
     """Return the minutes that the run had taken before its stage `index`, and about how many it takes in all."""
-    took, slower = spent(s), 1.0
-    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
-        slower = 1 / float(speed_file(s).read_text())
+    took, speed = spent(s), speed_of(s)
     # What the stages before took is the better guide, once there are minutes of it.
     done = {stage for stage in stages[:index] if stage in took}
     weight = 300
-    slower = (sum(took[stage] for stage in done) + slower * weight) / (
-        sum(expected(s, stage) for stage in done) + weight
-    )
+    planned = sum(expected(s, stage, speed) for stage in done)
+    slower = (sum(took[stage] for stage in done) + weight) / (planned + weight)
     before = sum(took[stage] for stage in set(stages) & took.keys())
-    left = sum(expected(s, stage) for stage in stages if stage not in took)
+    left = sum(expected(s, stage, speed) for stage in stages if stage not in took)
     return before / 60, (before + slower * left) / 60
 
 
@@ -121,33 +131,39 @@ def line(s: Settings, stage: str) -> str | None:
     return f"[{index + 1}/{len(stages)}] {stage}, {about}"
 
 
-def machine_speed(dtype: str, seconds: float = 1.0) -> float:
-    """Return how many times the reference machine's speed this one has: products of matrices, on all cores."""
+def machine_speed(seconds: float = 1.0) -> dict[str, float]:
+    """Return how many times the reference machine's speed this one has, by type: products of matrices, all cores.
+
+    Args:
+        seconds: to measure each type.
+    """
     import torch
 
-    size = 2048
-    a = torch.ones(size, size, dtype=getattr(torch, dtype))
-    a @ a  # the first product sets things up
-    began, count = time.perf_counter(), 0
-    while time.perf_counter() - began < seconds:
-        a @ a
-        count += 1
-    return 2 * size**3 * count / (time.perf_counter() - began) / REFERENCE_SPEED[dtype]
+    size, found = 2048, {}
+    for dtype, reference in REFERENCE_SPEED.items():
+        a = torch.ones(size, size, dtype=getattr(torch, dtype))
+        a @ a  # the first product sets things up
+        began, count = time.perf_counter(), 0
+        while count == 0 or time.perf_counter() - began < seconds:
+            a @ a
+            count += 1
+        found[dtype] = round(2 * size**3 * count / (time.perf_counter() - began) / reference, 2)
+    return found
 
 
 def main() -> None:
     from scripts.resolve import resolve
 
     s = resolve(["RECIPE=quickstart", *sys.argv[1:]])
-    dtype = "bfloat16" if s.BF16 == "True" else "float32"
-    speed = machine_speed(dtype)
+    speed = machine_speed()
     Path(s.RUN_DIR).mkdir(parents=True, exist_ok=True)
-    speed_file(s).write_text(f"{speed:.2f}\n")
+    speed_file(s).write_text(json.dumps(speed) + "\n")
     before, whole = minutes(s, plan(s), 0)
     so_far = f", of which {before:.0f} are done" if before >= 1 else ""
     print(
         f"quickstart: about {whole:.0f} minutes after set-up{so_far}, for SAMPLERS={show(s.SAMPLERS)!r} "
-        f"ITERS={s.ITERS}; this machine multiplies {dtype} at {speed:.1f} times the reference machine's speed"
+        f"ITERS={s.ITERS}; this machine multiplies float32 at {speed['float32']:.1f} and bfloat16 at "
+        f"{speed['bfloat16']:.1f} times the reference machine's speed"
     )
 
 

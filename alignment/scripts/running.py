@@ -57,8 +57,8 @@ def side_by_side(commands: list[list[str]], gpus: int, at_once: int) -> int:
         signal.signal(number, lambda number, _: stopped.append(number))
     sys.stdout.flush()
     waiting, running, code = list(commands), {}, 0
-    while running or (waiting and not code and not stopped):
-        if waiting and len(running) < at_once and not code and not stopped:
+    while (may_start := waiting and not code and not stopped) or running:
+        if may_start and len(running) < at_once:
             row = min(set(range(at_once)) - set(running.values()))
             command = waiting.pop(0)
             variables = environment(command, gpus) | of_its_share(gpus, min(at_once, len(commands)), row)

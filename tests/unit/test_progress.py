@@ -58,19 +58,28 @@ def test_minutes_and_place_through_a_run(tmp_path):
     assert before == whole == pytest.approx(2 * expected, abs=1)
 
 
-def test_a_machine_of_half_the_speed_takes_twice_as_long(tmp_path):
+def test_what_waits_for_matrices_takes_twice_as_long_at_half_the_speed(tmp_path):
     s = resolve(["RECIPE=quickstart", f"RUN_DIR={tmp_path}", "BF16=True"])
     stages = progress.plan(s)
+    to_start = sum(progress.SECONDS.get(stage.split()[0], [0])[0] for stage in stages) / 60
     _, whole = progress.minutes(s, stages, 0)
-    progress.speed_file(s).write_text("0.5\n")
-    assert progress.minutes(s, stages, 0)[1] == pytest.approx(2 * whole)
-    progress.speed_file(s).write_text("")  # torn
-    assert progress.minutes(s, stages, 0)[1] == whole
+    progress.speed_file(s).write_text('{"float32": 0.5, "bfloat16": 0.5}')
+    assert progress.minutes(s, stages, 0)[1] - to_start == pytest.approx(2 * (whole - to_start))
+    for torn in ("", "2", '{"float32": 0.5}', '{"float32": null, "bfloat16": 1}'):
+        progress.speed_file(s).write_text(torn)
+        assert progress.minutes(s, stages, 0)[1] == whole
 
 
-@pytest.mark.parametrize("dtype", progress.REFERENCE_SPEED)
-def test_speed_is_measured(dtype):
-    assert progress.machine_speed(dtype, seconds=0.01) > 0
+def test_training_alone_gains_from_fast_bfloat16(tmp_path):
+    s = resolve(["RECIPE=quickstart", f"RUN_DIR={tmp_path}", "BF16=True"])
+    fast = {"float32": 1.0, "bfloat16": 7.0}
+    for stage in progress.plan(s):
+        gains = progress.expected(s, stage, fast) < progress.expected(s, stage)
+        assert gains == stage.startswith("train ")
+
+
+def test_speed_is_measured():
+    assert all(value > 0 for value in progress.machine_speed(seconds=0.01).values())
 
 
 def test_every_recipe_has_lines(tmp_path):
