@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 export HF_HUB_OFFLINE=1  # all that it reads is in packages
 
-[[ ! " $* " =~ " "(-h|--help)" " ]] || exec bash alignment/sample_train_safe_rlhf.sh --help
+[[ ! " $* " =~ " "(-h|--help)" " ]] || exec bash alignment/sample_train_safe_rlhf.sh RECIPE=quickstart --help
 if [[ ! " $* " =~ " DRY_RUN="(1|[Tt]rue|[Yy]es)" " ]]; then
     bash setup.sh cpu
     .venv/bin/python alignment/scripts/progress.py "$@"  # says how long it will take here

@@ -32,7 +32,7 @@ COLUMNS = {
     "kl": ("KL from base", 2, False),
     "published_kl": ("KL as published", 2, False),
     "kl_reward": ("reward where KL is measured", 2, False),
-    "value": ("value there: reward − β·KL", 2, False),
+    "value": ("value there: reward − (β / margin scale)·KL", 2, False),
     "length": ("tokens per response", 1, False),
     "cut": ("cut at the limit", 1, True),
     "different": ("different responses", 1, True),

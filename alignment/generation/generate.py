@@ -97,7 +97,12 @@ def parser() -> Parser:
         help="a table of your own: [[p, [w_policy, w_ref], [w, w]], ...], or three "
         "weights each, the third that of the policy of the iteration before",
     )
-    p.add("--beta", "KL coefficient of the DPO loss, used by the sampler pilaf", type=positive, default=0.1)
+    p.add(
+        "--beta",
+        "KL coefficient of the DPO loss; pilaf and theory take their weights from it",
+        type=positive,
+        default=0.1,
+    )
     p.add("--K", "responses per prompt (default: the sampler's own, mostly 2)", type=positive_int)
     p.add("--temperature", "0 = greedy", type=non_negative, default=0.7)
     p.add("--seed", "of the pairs' and the responses' random streams", type=natural, default=0)

@@ -7,7 +7,7 @@ SCRIPTS=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # Any Python with PyYAML reads settings; each stage then runs in its own environment.
 for PYTHON in "$SCRIPTS"/../../.venv{-rlhflow,}/bin/python python3; do [[ ! -x $PYTHON ]] || break; done
 
-[[ ! " $* " =~ " "(-h|--help)" " ]] || exec "$PYTHON" "$SCRIPTS/resolve.py" "$DRIVER" --help
+[[ ! " $* " =~ " "(-h|--help)" " ]] || exec "$PYTHON" "$SCRIPTS/resolve.py" "$DRIVER" "$@"
 RESOLVED=$("$PYTHON" "$SCRIPTS/resolve.py" "$DRIVER" "$@")
 # shellcheck disable=SC2034  # used by the drivers
 {

@@ -119,7 +119,7 @@ def minutes(s: Settings, stages: list[str], index: int) -> tuple[float, float]:
 
 
 def line(s: Settings, stage: str) -> str | None:
-    """Return where a stage is in the whole run, as "[7/27] train 1 online, 9 of about 25 minutes"."""
+    """Return where a stage is in the whole run, as "[6/19] train 1 online, 2 of about 15 minutes"."""
     stages, took = plan(s), spent(s)
     places = [i for i, name in enumerate(stages) if name == stage]
     if not places:

@@ -100,7 +100,7 @@ def read_recipe(recipe: str, above: tuple[str, ...] = ()) -> dict:
 def resolve(words: list[str]) -> Settings:
     """Return all settings: the arguments', else the recipe's, else the defaults."""
     given = parse(words)
-    recipe = given.get("RECIPE", "safe_rlhf")
+    recipe = given.get("RECIPE", KNOWN["RECIPE"]["default"])
     s = Settings(**read_recipe(recipe) | given)
     s.RUN_DIR = s.RUN_DIR or str(ALIGNMENT / "runs" / Path(recipe).name.removesuffix(".yaml"))
     s.ASSETS = s.ASSETS or str(ALIGNMENT / "assets")
@@ -202,25 +202,27 @@ def say_what_is_ignored() -> None:
         print(f"ignored in the environment: {names}; give {found[0]}=... as an argument", file=sys.stderr)
 
 
-def help_text() -> str:
-    """Return every setting with its default, unit and help, group by group."""
+def help_text(recipe: str) -> str:
+    """Return every setting with its value in a recipe, unit and help, group by group."""
+    values = read_recipe(recipe)
     lines = []
     for name, option in KNOWN.items():
         if name in GROUPS:
             lines.append(f"\n{GROUPS[name]}")
         unit = f", {option['unit']}" if option["unit"] else ""
         choices = f" ({option['kind'].wanted})" if option["kind"].wanted.startswith("one of") else ""
-        lines.append(f"  {name}={show(option['default'])}\n      {option['text']}{choices}{unit}")
+        lines.append(f"  {name}={show(values.get(name, option['default']))}\n      {option['text']}{choices}{unit}")
     return "\n".join(lines)
 
 
 def main() -> None:
     driver, *words = sys.argv[1:]
-    if {"--help", "-h"} & set(words):
-        print(f"Settings of {driver}, given as NAME=value, and their defaults, which a recipe may change:")
-        print(help_text())
-        return
     try:
+        if asked := {"--help", "-h"} & set(words):
+            recipe = parse([word for word in words if word not in asked]).get("RECIPE", KNOWN["RECIPE"]["default"])
+            print(f"Settings of {driver}, given as NAME=value; these are the values of RECIPE={recipe}:")
+            print(help_text(recipe))
+            return
         settings = resolve(words)
         say_what_is_ignored()
         check(settings, driver)

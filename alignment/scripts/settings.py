@@ -186,7 +186,7 @@ class Settings:
     BASE_MODEL: str = setting(None, PATH, "first policy, and the reference: folder or hub name")
     PROMPTS: list = setting(None, SOURCES, "prompts: files, folders or hub names")
     DATASET_SPLIT: str = setting(None, TEXT, "split of a data set; not set: train")
-    DATASET_KEY: str = setting(None, TEXT, "field that holds the prompt; not set: prompt or messages")
+    DATASET_KEY: str = setting(None, TEXT, "field of the prompt; not set: prompt, messages or context_messages")
     TEMPLATE: str = setting("none", one_of(*TEMPLATES), "what is put around a prompt; chat: the tokenizer's own")
     CHAT_TEMPLATE_KWARGS: dict = setting({}, OBJECT, 'variables of the chat template, {"date_string": "1 Jan 2025"}')
     CONTINUE_FINAL_MESSAGE: bool = setting(False, FLAG, "chats may end with an assistant's turn, to be continued")
@@ -239,7 +239,9 @@ class Settings:
     LENGTH_PENALTY: float = setting(None, NUMBER, "reward taken per token by CHOOSE_TYPE=max_min_p")
     LABELS: str = setting("margin", one_of("margin", "sampled"), "margin: sigma(margin); sampled: 0 or 1 from it")
     LABEL_NOISE: float = setting(0.0, SHARE, "of the labels that are turned round, up to 0.5", "share")
-    BETA: float = setting(0.1, NUMBER, "weight of the KL divergence from the reference")
+    BETA: float = setting(
+        0.1, NUMBER, "weight of the KL from the reference; pilaf and theory take their weights from it too"
+    )
     MARGIN_SCALE: float = setting(1.0, NUMBER, "margin = MARGIN_SCALE * difference of rewards")
     MAX_LENGTH: int = setting(256, COUNT, "prompt and response; longer ones are cut", "tokens")
     LEARNING_RATE: float = setting(5e-7, NUMBER, "at its highest")

@@ -11,7 +11,8 @@ from plans import fake_nvidia_smi, flag, in_turn, plan, refused, values
 from bandit.mixtures import get_mixture
 from evaluation import get_kl
 from scripts import machine, stages
-from scripts.settings import Settings
+from scripts.resolve import resolve
+from scripts.settings import Settings, show
 
 SAMPLERS = ("offline", "online", "gshf", "mixp")
 ALL = " ".join(SAMPLERS)
@@ -395,6 +396,14 @@ def test_help_lists_every_setting():
     assert short == long
     for name in ("SAMPLERS", "LEARNING_RATE", "RUN_DIR", "KL_PROMPTS", "DRY_RUN"):
         assert f"{name}=" in long
+
+
+@pytest.mark.parametrize("driver", [*RECIPE_OF, "sample_ablation.sh"])
+def test_help_shows_the_values_of_the_drivers_own_recipe(driver):
+    shown = bash(f"alignment/{driver}", "--help").stdout
+    of_recipe = vars(resolve([f"RECIPE={RECIPE_OF.get(driver, 'ablation')}", "DRY_RUN=1"]))
+    for name in ("SAMPLERS", "ITERS", "LEARNING_RATE", "TEST_END"):
+        assert f"  {name}={show(of_recipe[name])}\n" in shown
 
 
 def test_settings_reach_their_flags():

@@ -116,7 +116,7 @@ def test_reward_kl_and_value_are_of_the_same_responses(run_dir):
     assert row["value"] == pytest.approx(((rewards - 0.2 * kl).mean(), *truth.confidence_interval(0.95)))
     assert row["kl_reward"].value == pytest.approx(rewards.mean())
     assert summary_row(run, BASE, 0.2)["value"].value == pytest.approx(rewards.mean() - 2)
-    assert "value there: reward − β·KL" in summary_table({ONLINE: row})[0]
+    assert "value there: reward − (β / margin scale)·KL" in summary_table({ONLINE: row})[0]
     write_kl(run_dir, ONLINE, kl, sha="other")
     with pytest.raises(UserError, match="kl_online_iter2.*online_iter2_rewards"):
         read_run(run_dir, MODELS)
