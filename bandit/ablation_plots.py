@@ -63,13 +63,7 @@ def draw_map(axes: Axes, medians: np.ndarray, sweep: Sweep, norm: LogNorm):
     for (row, column), value in np.ndenumerate(medians):
         dark = np.isfinite(value) and norm(value) > 0.55
         axes.text(
-            column,
-            row,
-            number(value),
-            ha="center",
-            va="center",
-            fontsize=7,
-            color="white" if dark else "black",
+            column, row, number(value), ha="center", va="center", fontsize=7, color="white" if dark else "black"
         )
     axes.set_xticks(range(len(sweep.x[1])), [f"{value:g}" for value in sweep.x[1]])
     axes.set_yticks(range(len(sweep.y[1])), [f"{value:g}" for value in sweep.y[1]])
@@ -86,13 +80,7 @@ def mark_named(axes: Axes, sweep: Sweep, beta: float) -> None:
         if a in sweep.y[1] and b in sweep.x[1]:
             corner = (sweep.x[1].index(b) - 0.46, sweep.y[1].index(a) - 0.46)
             frame = Rectangle(
-                corner,
-                0.92,
-                0.92,
-                fill=False,
-                linewidth=2.2,
-                edgecolor=color_of(name),
-                label=NOTES.get(name, name),
+                corner, 0.92, 0.92, fill=False, linewidth=2.2, edgecolor=color_of(name), label=NOTES.get(name, name)
             )
             axes.add_patch(frame)
 
@@ -179,13 +167,15 @@ def dots_figure(sweep: Sweep, results: Results) -> plt.Figure:
         squeeze=False,
     )
     for row, outcome in enumerate(outcomes):
+        shown = results[outcome][0]
+        end = shown[np.isfinite(shown)].max(initial=1.0)
         for column, value in enumerate(values):
             axes = grid[row, column]
             for place, name in enumerate(names):
                 low, middle, high = np.quantile(
                     results[outcome][0, place, column], [0.1, 0.5, 0.9], method="inverted_cdf"
                 )
-                draw_dot(axes, place, low, middle, high, name)
+                draw_dot(axes, place, (low, middle, high), end, name)
             axes.set_xscale("log")
             axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_yticks(range(len(names)), names, fontsize=8)
@@ -195,11 +185,14 @@ def dots_figure(sweep: Sweep, results: Results) -> plt.Figure:
     return canvas
 
 
-def draw_dot(axes: Axes, place: int, low: float, middle: float, high: float, name: str) -> None:
-    """One sampler's median and band; the band is open to the right, or the dot missing, where it did not arrive."""
+def draw_dot(axes: Axes, place: int, band: tuple[float, float, float], end: float, name: str) -> None:
+    """One sampler's 10%, median and 90%. Where they did not arrive the band ends in an arrow at `end`, or the dot is
+    missing."""
+    low, middle, high = band
     if np.isfinite(low):
-        edge = axes.get_xlim()[1] if not np.isfinite(high) else high
-        axes.plot([low, max(edge, low)], [place, place], color=color_of(name), linewidth=2, alpha=0.4)
+        axes.plot([low, min(high, end)], [place, place], color=color_of(name), linewidth=2, alpha=0.4)
+        if not np.isfinite(high):
+            axes.plot([end], [place], color=color_of(name), marker=">", markersize=4, alpha=0.4)
     if np.isfinite(middle):
         axes.plot([middle], [place], color=color_of(name), marker=marker_of(name), markersize=5)
     else:
@@ -235,6 +228,6 @@ def save_figures(
     save: Callable[[Path, Callable], None],
 ) -> None:
     """Writes every figure into folder as PDF and PNG through save(path, write to a path)."""
-    with plt.rc_context({**STYLE, "savefig.dpi": 86}):
+    with plt.rc_context({**STYLE, "savefig.dpi": 130}):
         for name, canvas in figures(sweeps, results):
             save_both(canvas, folder / name, save)

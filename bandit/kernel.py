@@ -287,41 +287,17 @@ def fill_cells(setup, u, before, win_margins, cells, steps):
     s, (envs, num_actions) = setup, u.shape
     work, bits = np.zeros((8, num_actions)), np.empty(num_actions, np.int64)
     a, b, c, d, logs, log_b, x, e = work[0], work[1], work[2], work[3], work[4], work[5], work[6], work[7]
-    masses, slopes, bases = s.masses, s.slopes, s.bases
+    masses, slopes, bases, norm = s.masses, s.slopes, s.bases, s.normalised
     for env in range(envs):
         past, limit, log_scale, largest, other = before[env], s.limit[env], 0.0, 0.0, 0.0
         centre(u[env], x, e, bits)
         if masses[0] > 0:
             log_scale, largest = weigh_term(
-                masses[0],
-                slopes[0],
-                bases[env, 0],
-                bases[env, 1],
-                s.normalised,
-                limit,
-                x,
-                past,
-                a,
-                b,
-                logs,
-                log_b,
-                bits,
+                masses[0], slopes[0], bases[env, 0], bases[env, 1], norm, limit, x, past, a, b, logs, log_b, bits
             )
         if masses[1] > 0:
             _, other = weigh_term(
-                masses[1],
-                slopes[1],
-                bases[env, 2],
-                bases[env, 3],
-                s.normalised,
-                limit,
-                x,
-                past,
-                c,
-                d,
-                logs,
-                log_b,
-                bits,
+                masses[1], slopes[1], bases[env, 2], bases[env, 3], norm, limit, x, past, c, d, logs, log_b, bits
             )
         scale = 1 / (largest + other) if s.normalised else math.exp(log_scale)
         constant, cell, margins, total = s.constant * math.exp(-log_scale), cells[env], win_margins[env], 0.0

@@ -55,7 +55,8 @@ def draw_figure(results: Runs, series: str, sizes: tuple[int, int]) -> plt.Figur
             draw_panel(axes, results[variant, d], series)
         else:
             axes.set_visible(False)
-            grid[row, column + 1].tick_params(labelleft=True, which="both")
+            for right in grid[row, column + 1 : column + 2]:
+                right.tick_params(labelleft=True, which="both")
         axes.set_title(f"{variant}, {title(d, *sizes)}", fontsize=8)
     for axes in grid[-1]:
         axes.set_xlabel("updates")
@@ -67,6 +68,6 @@ def draw_figure(results: Runs, series: str, sizes: tuple[int, int]) -> plt.Figur
 
 def save_figures(results: Runs, sizes: tuple[int, int], folder: Path, save: Callable[[Path, Callable], None]) -> None:
     """Writes linear_{value_diff,param_diff}.{pdf,png} through save(path, write to a path)."""
-    with plt.rc_context({**STYLE, "savefig.dpi": 86}):
+    with plt.rc_context({**STYLE, "savefig.dpi": 130}):
         for series in ("value_diff", "param_diff"):
             save_both(draw_figure(results, series, sizes), folder / f"linear_{series}", save)

@@ -38,6 +38,11 @@ COLORS = {
     "theory": "#882255",
     "theory-mix": "#AA4499",
     "nash-md": "#0077BB",
+    "best-sweet": "#66CCEE",
+    "d-optimal": "#117733",
+    "g-optimal": "#CC6677",
+    "v-optimal": "#DDCC77",
+    "g-hybrid": "#AA4400",
 }
 
 # A second sign beside the colour, for figures of many samplers.

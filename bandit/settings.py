@@ -145,6 +145,8 @@ def _check_theory_flags(given: dict) -> None:
     for key in given:
         if key not in allowed:
             raise BadInput(f"argument --{key}: --preset theory sets it")
+    if given.get("num_iter", 2) < 2:
+        raise BadInput("argument --num_iter: the bounds are checked after updates, of which 2 states have the first")
     if "num_actions" in given:
         given["num_actions"] = [given["num_actions"]]
     for name in given.get("samplers", []):

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from annotate_data.texts import check_template, instance_texts
 from common import scale_out
 from common.models import choose_dtype
-from common.provenance import model_inputs
+from common.provenance import model_inputs, weights_of
 from common.spool import Spool
 
 
@@ -25,6 +25,7 @@ class ModelRewards:
         self.args, self.name = args, args.reward_name_or_path
         self.settings = {
             "reward_name_or_path": self.name,
+            "reward_weights": weights_of({"reward model": self.name}),
             "reward_template": args.reward_template,
             "reward_column": args.reward_column,
             "max_length": args.max_length,

@@ -19,6 +19,7 @@ from common.models import (
     tokenizer_fingerprint,
 )
 from common.record_stream import RecordStream
+from common.records import check_response_ids
 from dpo_iteration import checkpoints
 from dpo_iteration.distributed import on_main, say, whole_models
 from dpo_iteration.options import DataOptions
@@ -87,10 +88,8 @@ def instances(data: RecordStream, encoder: Encoder, implicit: np.ndarray | None 
     for row, instance in enumerate(data):
         if not encoder.sampled:
             instance.pop("response_ids", None)
-        elif not all(0 <= i < encoder.vocabulary for ids in instance["response_ids"] for i in ids):
-            raise UserError(
-                f"{data.path}: row {row}: 'response_ids' holds an id outside 0 to {encoder.vocabulary - 1}"
-            )
+        else:
+            check_response_ids(f"{data.path}: row {row}", instance, encoder.vocabulary)
         yield instance if implicit is None else {**instance, "implicit_rewards": implicit[row].tolist()}
 
 

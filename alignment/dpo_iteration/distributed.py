@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 
 from common.cli import UserError
@@ -45,11 +45,6 @@ def share(items: list, even: bool = False) -> list:
     if even:
         items = list(itertools.islice(itertools.cycle(items), len(items) + -len(items) % state.num_processes))
     return items[state.process_index :: state.num_processes]
-
-
-def gather(items: list) -> list:
-    """Return the lists of all processes, joined."""
-    return gather_object(items)
 
 
 def shards_models(training: TrainingArguments) -> bool:

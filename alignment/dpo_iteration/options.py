@@ -10,7 +10,7 @@ import importlib.util
 import math
 import os
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import HfArgumentParser, IntervalStrategy, TrainingArguments
 
 from common.cli import UserError, fail, first_line
 from common.models import default_dtype
+from common.provenance import weights_of
 from dpo_iteration.losses import LOSSES, looks_at_margin, takes_hard_labels
 from dpo_iteration.pairs import CHOOSE_TYPES, LABELS
 
@@ -324,12 +325,9 @@ def settings_of(options: DataOptions, training: TrainingArguments, data_sha256: 
     chosen = {name: value for name, value in vars(options).items() if name not in watched}
     shaping = {name: getattr(training, name) for name in (*sorted(SHAPING), *more)}
     shaping = {name: getattr(value, "value", value) for name, value in shaping.items()}
-    return {**chosen, "train_sha256": data_sha256, **shaping, "num_processes": training.world_size}
-
-
-def inherited() -> list[str]:
-    """Return the names of all arguments that transformers brings."""
-    return [one.name for one in fields(TrainingArguments)]
+    models = {"policy": options.model_name_or_path, "reference": options.ref_model}
+    made_from = {"train_sha256": data_sha256, "weights": weights_of(models)}
+    return {**chosen, **made_from, **shaping, "num_processes": training.world_size}
 
 
 def prepare_training(options: DataOptions, training: TrainingArguments, work_dir: Path) -> None:

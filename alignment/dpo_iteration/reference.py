@@ -18,13 +18,14 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from common.adapters import whole_model
 from common.cli import UserError
 from common.models import give_memory_back, load_causal_lm
 from common.records import read_json, write_json
-from dpo_iteration.distributed import free, gather, on_main, say, sharded, shards_models, share, whole_models
+from dpo_iteration.distributed import free, on_main, say, sharded, shards_models, share, whole_models
 from dpo_iteration.logps import SEQUENCES, as_scorer, forms_agree, may_share
 from dpo_iteration.options import DataOptions, DPOTrainingArguments
 from dpo_iteration.rows import Encoder, collate, open_rows, write_rows
@@ -151,7 +152,7 @@ def compute(
     del model
     give_memory_back()
     every = np.empty((len(rows), 2))
-    for batch, logps in gather(found):
+    for batch, logps in gather_object(found):
         every[batch] = logps
     return every
 

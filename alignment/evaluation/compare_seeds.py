@@ -104,7 +104,8 @@ def main() -> None:
 def check_same_settings(runs: dict[Path, Run]) -> None:
     """Raise `UserError` unless the run folders were evaluated alike, but for their seeds."""
     for heading in dict.fromkeys(heading for one in runs.values() for heading in one.settings):
-        agreed({path: one.settings.get(heading, {}) for path, one in runs.items()}, APART | {"seed"})
+        made = {path: one.settings[heading] for path, one in runs.items() if one.settings.get(heading)}
+        agreed(made, APART | {"seed"})
 
 
 def stacked(runs: list[Run], judge: str, model: Model, part: str = TEST) -> np.ndarray | None:

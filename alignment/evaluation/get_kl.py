@@ -43,7 +43,7 @@ from common.models import (
     stop_token_ids,
     tokenizer_fingerprint,
 )
-from common.provenance import data_inputs, model_inputs, provenance
+from common.provenance import data_inputs, model_inputs, provenance, weights_of
 from common.record_stream import RecordStream
 from common.records import check_response_ids, read_json, sha256, write_json
 from generation.prompts import add_prompt_flags, check_same_prompts, prompt_settings, read_prompts
@@ -139,7 +139,8 @@ def main() -> None:
 def settings_of(args: argparse.Namespace) -> dict:
     """Return what decides the result."""
     kept = ("model_name_or_path", "ref_model_name_or_path", "temperature", "scoring_dtype", "published_estimator")
-    settings = {name: getattr(args, name) for name in kept}
+    models = {"policy": args.model_name_or_path, "reference": args.ref_model_name_or_path}
+    settings = {name: getattr(args, name) for name in kept} | {"weights": weights_of(models)}
     if args.responses:
         return settings | {"responses_sha256": sha256(args.responses)}
     kept = ("start", "end", "max_new_tokens", "seed", "backend", "dtype")

@@ -17,7 +17,7 @@ JUDGES = {"rewards": "training reward model", "judge": "second judge"}
 PARTS = (*names.PROMPTS, "kl_prompts")
 TEST, TRAIN, KL = PARTS
 # What differs between models, or seeds, that are compared.
-APART = {"policy", "reference", "tokenizer", "dataset_sha256", "model_name_or_path", "responses_sha256"}
+APART = {"policy", "reference", "weights", "tokenizer", "dataset_sha256", "model_name_or_path", "responses_sha256"}
 
 
 class Model(NamedTuple):
@@ -144,7 +144,8 @@ def agreed_settings(run_dir: Path, made: dict[tuple, dict]) -> dict[str, dict]:
     found = {}
     for part in PARTS:
         sources = {scored_file(run_dir, *key): s.get("generate") or {} for key, s in made.items() if key[1] == part}
-        found[f"responses to {part.replace('_', ' ')}"] = agreed(sources)
+        # A model samples in its own type: in 32 bits, where a GPU finds its weights in them.
+        found[f"responses to {part.replace('_', ' ')}"] = agreed(sources, APART | {"dtype"})
     for judge, name in JUDGES.items():
         sources = {scored_file(run_dir, *key): s.get("annotate") or {} for key, s in made.items() if key[0] == judge}
         found[f"scores by the {name}"] = agreed(sources)
@@ -212,7 +213,8 @@ def read_kl(run_dir: Path, models: list[Model]) -> tuple[dict[Model, dict], dict
     results = {model: checked_kl(path) for model in models if (path := kl_file(run_dir, model)).exists()}
     if not of_same_prompts(list(results.values())):
         raise UserError(f"{run_dir}/results: the models' KL is of different prompts: they cannot be compared")
-    return results, agreed({kl_file(run_dir, m): result["settings"].get("kl", {}) for m, result in results.items()})
+    made = {kl_file(run_dir, model): result["settings"].get("kl", {}) for model, result in results.items()}
+    return results, agreed(made, APART | {"dtype"})
 
 
 def of_same_prompts(results: list[dict]) -> bool:

@@ -37,7 +37,7 @@ from common.models import (
     stop_token_ids,
     tokenizer_fingerprint,
 )
-from common.provenance import data_inputs, model_inputs, provenance
+from common.provenance import data_inputs, model_inputs, provenance, weights_of
 from common.record_stream import RecordStream
 from common.records import write_records
 from generation.prompts import (
@@ -155,6 +155,7 @@ def settings_of(args: argparse.Namespace, sampler: Mixture, models: dict[str, st
         "policy": None,
         "reference": None,
         **models,
+        "weights": weights_of(models),
         "tokenizer": fingerprint,
         **prompt_settings(args),
         "sampler": as_settings(sampler.pairs(args.beta)),

@@ -59,7 +59,7 @@ class Environment:
     ref_logps: torch.Tensor
 
 
-def make_environment(setting: Setting, seeds: list[int], fit_steps: int = 300, compiled: bool = False) -> Environment:
+def make_environment(setting: Setting, seeds: list[int], fit_steps: int = 300) -> Environment:
     """Draw rewards and references of the given seeds; seed s is the same environment whatever the others are."""
     transformer = Transformer(setting)
     draws = []

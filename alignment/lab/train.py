@@ -119,7 +119,7 @@ def train(setting: Setting, env: Environment, learner: Callable, runs: Runs) -> 
             if setting.restart:
                 optimizer = OPTIMIZERS[setting.optimizer](parameters)
         if setting.pairs:
-            loss = loss_of(setting, env, runs, logps, data.batch(setting, number, step, per_round))
+            loss = loss_of(setting, env, runs, logps, data.batch(setting, number, step))
         else:
             loss = (logps * expected_gradient(setting, env, runs, logps.detach(), *data)).sum()
         (gradient,) = torch.autograd.grad(loss, parameters)
@@ -150,7 +150,7 @@ class Pairs:
     rejected: torch.Tensor
     other: torch.Tensor
 
-    def batch(self, setting: Setting, number: int, step: int, per_round: int) -> "Pairs":
+    def batch(self, setting: Setting, number: int, step: int) -> "Pairs":
         """Return the pairs of one update: in order in the first epoch, shuffled in each later one."""
         size, total = setting.pairs, len(self.prompts)
         if size == total:

@@ -57,15 +57,19 @@ def multiplies_bfloat16() -> bool:
         return False
 
 
-def python_of(environment: str) -> Path | None:
-    """Return an environment's interpreter: that of `setup.sh gpu`, else that of `setup.sh cpu`, else None."""
-    folders = [PROJECT / f".venv-{environment}", PROJECT / ".venv"]
+def python_of(environment: str, on_cpu: bool = False) -> Path | None:
+    """Return an environment's interpreter: that of `setup.sh gpu`, else that of `setup.sh cpu`, else None.
+
+    Args:
+        on_cpu: no GPU is to be used: that of `setup.sh cpu` first, since vLLM for CUDA does not run without one.
+    """
+    folders = [PROJECT / f".venv-{environment}", PROJECT / ".venv"][:: -1 if on_cpu else 1]
     return next((folder / "bin/python" for folder in folders if os.access(folder / "bin/python", os.X_OK)), None)
 
 
 def check_environments(used_gpus: int) -> None:
     """Raise `UserError` for an environment that is missing, or whose torch sees no GPU where some are to be used."""
-    found = {name: python_of(name) for name in ENVIRONMENTS}
+    found = {name: python_of(name, on_cpu=used_gpus == 0) for name in ENVIRONMENTS}
     for name, python in found.items():
         if python is None:
             raise UserError(f"no environment for {name}: run 'bash setup.sh gpu' (or cpu) in {PROJECT} first")

@@ -19,6 +19,7 @@ sys.path[:0] = [str(ALIGNMENT.parent), str(ALIGNMENT)]
 
 from bandit.mixtures import get_mixture
 from common.cli import run
+from common.records import writing
 from scripts.settings import Settings, show
 
 # The reference machine: an AMD EPYC with 2 cores that multiplies bfloat16 itself. Operations per second in products
@@ -68,7 +69,7 @@ def units(s: Settings, stage: str) -> float:
         "train": prompts * s.EPOCHS * len(rest[1:]),
         "evaluate": answers * s.MAX_NEW_TOKENS,
         "annotate_evaluation": answers,
-        "kl": (models - 1) * (tests if of_evaluation else s.KL_PROMPTS) * s.MAX_NEW_TOKENS,
+        "kl": (models - 1) * (tests if of_evaluation else min(tests, s.KL_PROMPTS)) * s.MAX_NEW_TOKENS,
     }.get(kind, 0)
 
 
@@ -152,12 +153,14 @@ def machine_speed(seconds: float = 1.0) -> dict[str, float]:
 
 
 def main() -> None:
-    from scripts.resolve import resolve
+    from scripts.resolve import check, resolve
 
     s = resolve(["RECIPE=quickstart", *sys.argv[1:]])
+    check(s, "sample_train_safe_rlhf.sh")
     speed = machine_speed()
-    Path(s.RUN_DIR).mkdir(parents=True, exist_ok=True)
-    speed_file(s).write_text(json.dumps(speed) + "\n")
+    with writing(s.RUN_DIR):
+        Path(s.RUN_DIR).mkdir(parents=True, exist_ok=True)
+        speed_file(s).write_text(json.dumps(speed) + "\n")
     before, whole = minutes(s, plan(s), 0)
     so_far = f", of which {before:.0f} are done" if before >= 1 else ""
     print(

@@ -136,23 +136,48 @@ def check_names(s: Settings) -> None:
             raise UserError(f"{name} {getattr(s, name)!r}: there are {', '.join(sorted(table))}")
 
 
+def check_values(s: Settings) -> None:
+    """Raise `UserError` for values that a later stage would refuse, or that would train on what is tested."""
+    deepspeed, fsdp = (s.GPUS > 0 and s.ACCELERATE_CONFIG.startswith(kind) for kind in ("zero", "fsdp"))
+    ranges = ("TRAIN_START", "TRAIN_END"), ("TRAIN_START", "EVAL_TRAIN_END"), ("TEST_START", "TEST_END")
+    wrong = {
+        f"{low} {getattr(s, low)} is not below {high} {getattr(s, high)}": getattr(s, low) >= getattr(s, high)
+        for low, high in (*ranges, ("MAX_PROMPT_LENGTH", "MAX_LENGTH"))
+    } | {
+        f"prompts {s.TEST_START} to {s.TEST_END} (TEST_START, TEST_END) are tested, of which some are trained on: "
+        f"{s.TRAIN_START} to {s.TRAIN_END} (TRAIN_START, TRAIN_END)": (
+            s.TRAIN_START < s.TEST_END and s.TEST_START < s.TRAIN_END
+        ),
+        "K 1: a pair needs two responses": s.K == 1,
+        "EPOCHS 0: nothing would be trained": s.EPOCHS == 0,
+        "QLORA=1 goes with USE_LORA=1: the 4-bit weights are frozen, only an adapter can be trained": (
+            s.QLORA and not s.USE_LORA
+        ),
+        f"QLORA=1: ACCELERATE_CONFIG {s.ACCELERATE_CONFIG} cannot shard 4-bit weights; single does not": (
+            s.QLORA and (deepspeed or fsdp)
+        ),
+        f"SAVE_DTYPE float32: with BF16 and ACCELERATE_CONFIG {s.ACCELERATE_CONFIG} weights are bfloat16 already": (
+            s.SAVE_DTYPE == "float32" and s.BF16 != "False" and deepspeed
+        ),
+    }
+    for message, is_wrong in wrong.items():
+        if is_wrong:
+            raise UserError(message)
+
+
 def check(s: Settings, driver: str) -> None:
     """Raise `UserError` for settings that do not go together, or not with this machine; settle the batches."""
     for name in ("BASE_MODEL", "PROMPTS") if s.REWARD_FUNCTION else ("BASE_MODEL", "PROMPTS", "REWARD_MODEL"):
         if not getattr(s, name):
             raise UserError(f"recipe {s.RECIPE} names no {name}; give {name}=...")
     check_names(s)
-    if s.QLORA and not s.USE_LORA:
-        raise UserError("QLORA=1 goes with USE_LORA=1: the 4-bit weights are frozen, only an adapter can be trained")
+    check_values(s)
     if not s.MACHINE_RANK < s.NUM_MACHINES:
         raise UserError(f"MACHINE_RANK {s.MACHINE_RANK}: with NUM_MACHINES {s.NUM_MACHINES} it is below that")
     if s.NUM_MACHINES > 1 and not driver.startswith("sample_train"):
         raise UserError(f"{driver} runs on one machine: NUM_MACHINES is {s.NUM_MACHINES}")
-    processes = s.GPUS * s.NUM_MACHINES or 1
-    if s.GLOBAL_BATCH % processes:
-        raise UserError(f"GLOBAL_BATCH {s.GLOBAL_BATCH} is not a multiple of the {processes} processes that train")
-    share = s.GLOBAL_BATCH // processes
-    s.PER_DEVICE_BATCH = max(size for size in range(1, s.PER_DEVICE_BATCH + 1) if share % size == 0)
+    if driver.startswith("sample_train"):
+        settle_batches(s)
     if s.NEEDS_GPU and s.GPUS == 0 and not s.DRY_RUN:
         raise UserError(
             f"recipe {s.RECIPE} needs GPUs and none was found. Without one: 'bash quickstart.sh' in the top folder, "
@@ -163,6 +188,15 @@ def check(s: Settings, driver: str) -> None:
     s.MAX_NUM_SEQS = s.MAX_NUM_SEQS or fits or 64
     if not s.DRY_RUN:
         machine.check_environments(s.GPUS)
+
+
+def settle_batches(s: Settings) -> None:
+    """Make PER_DEVICE_BATCH a divisor of a process's share. Raise `UserError` where shares are not equal."""
+    processes = s.GPUS * s.NUM_MACHINES or 1
+    share, rest = divmod(s.GLOBAL_BATCH, processes)
+    if rest:
+        raise UserError(f"GLOBAL_BATCH {s.GLOBAL_BATCH} is not a multiple of the {processes} processes that train")
+    s.PER_DEVICE_BATCH = max(size for size in range(1, s.PER_DEVICE_BATCH + 1) if share % size == 0)
 
 
 def check_training(s: Settings, words: list[str]) -> None:

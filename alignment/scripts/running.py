@@ -36,7 +36,7 @@ def environment(command: list[str], gpus: int) -> dict[str, str]:
     path = os.pathsep.join((os.path.dirname(interpreter), os.environ.get("PATH", os.defpath)))
     # The warnings are of libraries, about one another.
     found = {"PYTHONWARNINGS": "ignore::FutureWarning"} | os.environ | {"PATH": path}
-    return found | ({} if gpus else {"DS_ACCELERATOR": "cpu"})
+    return found | ({} if gpus else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""})
 
 
 def become(command: list[str], gpus: int) -> None:

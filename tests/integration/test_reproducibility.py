@@ -10,10 +10,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from commands import ALIGNMENT, python
+from commands import ALIGNMENT, python, run
+from safetensors.torch import load_file, save_file
 from tiny import save_tiny_policy, save_tiny_reward_model
 
 from common import provenance
+from common.cli import UserError
 from reward_model.preference_data import write_pairs
 
 SECRETS = {"HF_TOKEN": "hf_secretMarkerToken", "WANDB_API_KEY": "0123456789secretMarkerKey9876543210abcdef"}
@@ -97,6 +99,17 @@ def model_digest(folder: Path) -> str:
     names = [name for name in ["chat_template.jinja", *names] if (folder / name).exists()]
     lines = [f"{name}\0{(folder / name).stat().st_size}\0{digest(folder / name)}\n" for name in names]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def test_models_that_were_trained_again_under_their_names_are_noticed(copy):
+    """Not taken for what made the files that are there: each stage refuses, and leaves its file as it is."""
+    save_tiny_policy(copy / "policy", 9)
+    save_tiny_reward_model(copy / "reward", 9)
+    for stage, output in zip(STAGES, (GENERATED, REWARDED, f"{TRAINED}/settings.json", KL), strict=False):
+        before = (copy / output).read_bytes()
+        done = run([sys.executable, str(ALIGNMENT / stage.split()[0]), *stage.split()[1:]], copy)
+        assert done.returncode == 2 and "weights=" in done.stderr.splitlines()[-1]
+        assert (copy / output).read_bytes() == before
 
 
 def test_every_output_records_its_inputs(finished):
@@ -235,3 +248,21 @@ def test_a_saved_data_set_is_hashed_whole(tmp_path):
 
 def test_check_run_explains_itself():
     assert "--run_dir" in python("scripts/check_run.py", "--help").stdout
+
+
+def test_weights_have_a_short_hash(finished, tmp_path):
+    """Of the numbers, not of the name; a hub name has none, and a torn file is refused by its name."""
+    here = {"policy": str(finished / "policy"), "reference": str(finished / "reference")}
+    found = provenance.weights_of({**here, "previous": None, "hub": "owner/name"})
+    assert sorted(found) == ["policy", "reference"] and found["policy"] != found["reference"]
+    shutil.copytree(finished / "policy", tmp_path / "copy")
+    assert provenance.weights_of({"policy": str(tmp_path / "copy")}) == {"policy": found["policy"]}
+    weights = tmp_path / "copy/model.safetensors"
+    tensors = load_file(weights)
+    for name, tensor in tensors.items():
+        save_file({**tensors, name: tensor + 1e-6 * (1 + tensor.abs())}, weights, {"format": "pt"})
+        assert provenance.weights_of({"policy": str(tmp_path / "copy")}) != {"policy": found["policy"]}, name
+    for torn in (b"", b"\xff" * 9, b"\x02" + bytes(7) + b"[]", b"\x02" + bytes(7) + b"{"):
+        weights.write_bytes(torn)
+        with pytest.raises(UserError, match="model.safetensors"):
+            provenance.weights_of({"policy": str(tmp_path / "copy")})

@@ -25,11 +25,11 @@ def settings(**values: object) -> list[str]:
     return [f"{name}={value}" for name, value in values.items()]
 
 
-def run(command: list[str], **environment: str) -> subprocess.CompletedProcess:
+def run(command: list[str], folder: str | Path = "/", **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         command,
         env={**os.environ, **{name: str(value) for name, value in environment.items()}},
-        cwd="/",  # every script works from any folder
+        cwd=folder,  # every script works from any
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

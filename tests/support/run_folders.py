@@ -11,7 +11,7 @@ from evaluation.run_files import TEST, kl_file, scored_file
 def write_answers(run_dir, model, rewards, part=TEST, judge="rewards", cut=False, sha=None, **changes):
     """Write scored responses of a model, one per prompt.
 
-    `changes`: `prompts` and `responses` (lists), `template`, `temperature`. `sha` is the hash of the unscored file.
+    `changes`: `prompts` and `responses` (lists), `template`, `temperature`, `dtype`. `sha`: of the unscored file.
     """
     prompts = changes.get("prompts") or [f"prompt {i}" for i in range(len(rewards))]
     responses = changes.get("responses") or [f"{model.title} says {i}" for i in range(len(rewards))]
@@ -27,7 +27,7 @@ def write_answers(run_dir, model, rewards, part=TEST, judge="rewards", cut=False
     ]
     path = scored_file(run_dir, judge, part, model)
     path.parent.mkdir(parents=True, exist_ok=True)
-    generate = {"policy": model.title, "temperature": changes.get("temperature", 0.1)}
+    generate = {"policy": model.title, "temperature": changes.get("temperature", 0.1), "dtype": changes.get("dtype")}
     annotate = {"dataset_sha256": sha or model.title, "reward_template": changes.get("template", "none")}
     write_records(path, instances, {"generate": generate, "annotate": annotate | {"reward_name_or_path": judge}})
 

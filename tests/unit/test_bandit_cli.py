@@ -255,6 +255,7 @@ BAD = {
     "seed": (["--seed", "-1"], "--seed"),
     "flag": (["--sampler", "DPO-Unif"], "--sampler"),
     "preset": (["--preset", "mine"], "--preset"),
+    "theory preset without an update": (["--preset", "theory", "--num_iter", "1"], "--num_iter"),
     "theory preset with lr": (["--preset", "theory", "--lr", "1"], "--lr"),
     "missing file": (["--rewards", "{missing}"], "missing.npy"),
     "not an array": (["--rewards", "{text}"], "text.npy"),

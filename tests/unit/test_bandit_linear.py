@@ -137,6 +137,12 @@ def test_command_line_writes_results_and_figures(tmp_path):
     assert len(rows) == (3 * 3 - 1) * 7 and {row["d"] for row in rows} == {"8", "6", "1"}
 
 
+def test_dimensions_in_any_order(tmp_path):
+    """The most features come last; there the misspecified variant has no panel, and none to its right."""
+    process = run_script("linear", *TINY, "--dims", 1, 8, "--output_dir", tmp_path / "out")
+    assert process.returncode == 0, process.stderr
+
+
 @pytest.mark.parametrize(
     "arguments, culprit",
     [

@@ -144,6 +144,13 @@ def test_seeds_that_were_evaluated_in_another_way_are_not_compared(run_dir):
         check_same_settings(dict(zip(folders, read_runs(run_dir), strict=True)))
 
 
+def test_a_seed_without_kl_or_judge_is_no_other_way_of_evaluating(run_dir):
+    for file in [*(run_dir / "seed_2/results").glob("kl_*"), *(run_dir / "seed_2").rglob("*judge*.json")]:
+        file.unlink()
+    folders = [run_dir / f"seed_{seed}" for seed in (1, 2, 3)]
+    check_same_settings(dict(zip(folders, read_runs(run_dir), strict=True)))
+
+
 def test_the_script_writes_table_figure_and_page(run_dir):
     words = "--samplers", "online", "mixp", "--iterations", 2, "--run_dir", run_dir, "--seeds"
     result = python("evaluation/compare_seeds.py", *words, 1, 2, 3)

@@ -361,12 +361,34 @@ def test_a_gpu_that_torch_cannot_use_is_refused(tmp_path):
         ({"MACHINE_RANK": 1}, "MACHINE_RANK"),
         ({"LERNING_RATE": 1}, "LEARNING_RATE"),
         ({"SAMPLER": "mixp"}, "SAMPLERS"),
+        # What a later stage would refuse.
+        ({"K": 1, "SAMPLERS": "online"}, "K 1"),
+        ({"EPOCHS": 0}, "EPOCHS"),
+        ({"MAX_PROMPT_LENGTH": 256}, "MAX_PROMPT_LENGTH"),
+        ({"SAVE_DTYPE": "float32"}, "SAVE_DTYPE"),
+        ({"USE_LORA": 1, "QLORA": 1}, "ACCELERATE_CONFIG"),
+        # Prompts that are trained on are not tested.
+        ({"TRAIN_END": 10001}, "TEST_START"),
+        ({"TEST_START": 20, "TEST_END": 40}, "TRAIN_END"),
+        ({"TEST_START": 12000}, "TEST_END"),
+        ({"TRAIN_START": 10000}, "TRAIN_END"),
+        ({"TRAIN_START": 100, "EVAL_TRAIN_END": 50}, "EVAL_TRAIN_END"),
         ({"samplers": "mixp"}, "SAMPLERS"),
     ],
 )
 def test_wrong_settings(given, named):
     """A misspelt one is told the nearest that there is."""
     assert named in refused(TRAIN, DRY_RUN=1, **given)
+
+
+def test_what_trains_nothing_takes_any_number_of_gpus():
+    for driver in ("sample_eval_safe_rlhf.sh", "sample_kl.sh"):
+        assert plan(driver, GPUS=3)
+
+
+def test_the_kl_stays_within_the_test_prompts():
+    [words, *_] = [words for _, words in plan("sample_kl.sh", TEST_START=0, TEST_END=96, TRAIN_START=100)]
+    assert (flag(words, "--start"), flag(words, "--end")) == ("0", "96")
 
 
 @pytest.mark.parametrize("text", ["NO_SUCH: 1", "ITERS: two", "- a list", "ITERS: [", "EXTENDS: none"])
@@ -414,7 +436,7 @@ def test_settings_reach_their_flags():
         "LENGTH_PENALTY": ("0.01", "--length_penalty"),
         "BETA": ("0.25", "--beta"),
         "ATTENTION": ("eager", "--attn_implementation"),
-        "SAVE_DTYPE": ("float32", "--save_dtype"),
+        "SAVE_DTYPE": ("bfloat16", "--save_dtype"),
         "LORA_R": ("8", "--lora_r"),
         "LORA_ALPHA": ("16", "--lora_alpha"),
         "LORA_TARGETS": ("q_proj,v_proj", "--lora_target_modules"),
@@ -489,3 +511,5 @@ def test_assets_are_unpacked_where_their_packages_are(names, tmp_path, monkeypat
     for stage in (stages.unpack, stages.human_labels):
         [command] = stage(Settings(ASSETS="/assets"))
         assert command[0] == str(tmp_path / names[0] / "bin/python")
+    of_gpus, of_cpu = (stages.python(Settings(GPUS=gpus), "rlhflow") for gpus in (1, 0))
+    assert of_gpus == str(tmp_path / names[-1] / "bin/python") and of_cpu == str(tmp_path / names[0] / "bin/python")

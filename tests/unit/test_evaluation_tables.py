@@ -254,3 +254,13 @@ def test_what_cannot_be_compared_is_refused(run_dir, tmp_path_factory):
     empty = tmp_path_factory.mktemp("empty")
     with pytest.raises(UserError, match=empty.name):
         read_run(empty, MODELS)
+
+
+def test_models_may_sample_in_types_of_their_own(tmp_path):
+    """On a GPU each samples in that of its weights; other settings of sampling must agree."""
+    write_answers(tmp_path, BASE, np.zeros(3), dtype="float32")
+    write_answers(tmp_path, ONLINE, np.ones(3), dtype="bfloat16")
+    assert len(read_run(tmp_path, MODELS).answers) == 2
+    write_answers(tmp_path, ONLINE, np.ones(3), temperature=0.7)
+    with pytest.raises(UserError, match="temperature"):
+        read_run(tmp_path, MODELS)

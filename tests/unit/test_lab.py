@@ -290,7 +290,7 @@ def test_each_epoch_passes_over_every_pair_once():
     setting = Setting(updates=24, pairs=4, iterations=2, epochs=3)
     numbers = torch.arange(16)
     data = train.Pairs(numbers, *(numbers.unsqueeze(0) for _ in range(3)))
-    seen = [data.batch(setting, 0, step, 12).chosen[0].tolist() for step in range(12)]
+    seen = [data.batch(setting, 0, step).chosen[0].tolist() for step in range(12)]
     for epoch in range(3):
         assert sorted(sum(seen[4 * epoch : 4 * epoch + 4], [])) == list(range(16))
 

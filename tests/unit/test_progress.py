@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from commands import ends_in_one_line, python
 from plans import plan
 
 from scripts import progress
@@ -80,6 +81,12 @@ def test_training_alone_gains_from_fast_bfloat16(tmp_path):
 
 def test_speed_is_measured():
     assert all(value > 0 for value in progress.machine_speed(seconds=0.01).values())
+
+
+def test_wrong_settings_of_the_quickstart_are_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    for word, named in (("SAMPLERS=mixq", "mixq"), (f"RUN_DIR={tmp_path}/file/run", f"{tmp_path}/file/run")):
+        ends_in_one_line(python("scripts/progress.py", word), named)
 
 
 def test_every_recipe_has_lines(tmp_path):

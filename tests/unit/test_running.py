@@ -19,6 +19,12 @@ def python(code: str) -> list[str]:
     return [os.path.join(os.path.dirname(sys.executable), "python"), "-c", code]
 
 
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_without_gpus_none_is_seen(gpus, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert running.environment(python(""), gpus)["CUDA_VISIBLE_DEVICES"] == ("3" if gpus else "")
+
+
 def test_commands_run_at_the_same_time(tmp_path):
     """Each waits for the other's file."""
     code = "import pathlib, time\npathlib.Path({!r}).touch()\nwhile not pathlib.Path({!r}).exists(): time.sleep(.01)"
