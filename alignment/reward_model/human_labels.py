@@ -1,4 +1,4 @@
-"""Preference pairs for the embedded default, from human harm ratings that the pip package `pyrit` carries.
+"""Preference pairs for the quickstart, from human harm ratings that the pip package `pyrit` carries.
 
 Reads:   pyrit/datasets/scorer_evals/{harm,objective}/*.csv of the installed package (its code is not imported).
          Several answers to one prompt, each rated by people from 0 (harmless) to 1 (harmful); two tables of `harm` by
