@@ -32,9 +32,10 @@ SECONDS = {
     "reward_models": (40, 0, 0),
     "generate": (14, 0.0037, 0),
     "annotate": (4, 0.005, 0),
-    "train": (12, 0.14, 0.15),
+    "train": (12, 0.18, 0.13),
     "evaluate": (8, 0.0028, 0),
     "annotate_evaluation": (4, 0.009, 0),
+    "kl_responses": (6, 0, 0),
     "kl": (15, 0.0047, 0),
     "summarize": (3, 0, 0),
 }
