@@ -43,16 +43,16 @@ COLUMNS = {
 OPTIONAL = ("published_kl", "kl_reward", "value")  # left out where no model has them
 MISSING = "missing"
 
-# A model has collapsed where its diversity is below this share of the base model's. A healthy run of the 135M study
-# kept 0.9; one that had collapsed to refusals a third.
+# A model has collapsed where its diversity is below this share of the base model's. Healthy 135M runs kept 0.9, one
+# that had collapsed to refusals a third.
 LOST_DIVERSITY = 0.5
-# Nats per token. Healthy 135M runs had 0.06 to 0.1, the collapsed one 0.21.
+# Nats per token. Healthy 135M runs had 0.03 to 0.12, a collapsed one 0.21.
 RUNAWAY_KL = 0.15
 SEEDS_DIFFER = (
-    "This is one training run, and seeds differ by more than these intervals, which are over prompts only: in six "
-    "seeds of the 135M study such an interval excluded 0 with probability 0.06 to 0.22 for samplers that do not "
-    "differ, in an older one of three seeds with 0.31 to 0.59. So nothing here says which sampler is better; "
-    "sample_ablation.sh compares them over seeds."
+    "This is one training run. Seeds differ by more than these intervals, which are over prompts only: in eight "
+    "seeds of a 135M model such an interval excluded 0 with probability 0.14 to 0.32 for samplers that do not "
+    "differ (docs/results.md). So nothing here says which sampler is better; sample_ablation.sh compares them over "
+    "seeds."
 )
 
 Row = dict[str, Estimate | None]

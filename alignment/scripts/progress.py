@@ -25,18 +25,18 @@ from scripts.settings import Settings, show
 # The reference machine: an AMD EPYC with 2 cores that multiplies bfloat16 itself. Operations per second in products
 # of 2048 x 2048 matrices (benchmarks/results/amd-epyc-2-cores.md).
 REFERENCE_SPEED = {"float32": 180e9, "bfloat16": 405e9}
-# The quickstart's seconds on it: to start a stage, and per unit of its work what waits for either type's speed.
-# Starting is Python importing, which no faster product of matrices makes faster.
+# The quickstart's seconds on it: to start a stage, and per unit of its work. Of these the first do not depend on how
+# fast matrices are multiplied (Python importing, small matrices, memory), the others do.
 SECONDS = {
     "unpack": (20, 0, 0),
     "reward_models": (40, 0, 0),
     "generate": (14, 0.0037, 0),
-    "annotate": (4, 0.005, 0),
-    "train": (12, 0.18, 0.13),
+    "annotate": (4, 0, 0.011),
+    "train": (12, 0.18, 0.11),
     "evaluate": (8, 0.0028, 0),
-    "annotate_evaluation": (4, 0.009, 0),
+    "annotate_evaluation": (4, 0, 0.02),
     "kl_responses": (6, 0, 0),
-    "kl": (15, 0.0047, 0),
+    "kl": (15, 0, 0.0103),
     "summarize": (3, 0, 0),
 }
 
@@ -77,10 +77,11 @@ def units(s: Settings, stage: str) -> float:
 def expected(s: Settings, stage: str, speed: dict[str, float] | None = None) -> float:
     """Return the seconds that a stage takes on a machine of this `speed` (see `machine_speed`)."""
     speed = speed or dict.fromkeys(REFERENCE_SPEED, 1.0)
-    to_start, single, half = SECONDS.get(stage.split()[0], (0, 0, 0))
-    if s.BF16 != "True":  # all in float32
-        single, half = single + half * REFERENCE_SPEED["bfloat16"] / REFERENCE_SPEED["float32"], 0
-    return to_start + units(s, stage) * (single / speed["float32"] + half / speed["bfloat16"])
+    to_start, other, matrices = SECONDS.get(stage.split()[0], (0, 0, 0))
+    dtype = "bfloat16" if stage.startswith("train ") and s.BF16 == "True" else "float32"
+    if stage.startswith("train ") and dtype == "float32":
+        matrices *= REFERENCE_SPEED["bfloat16"] / REFERENCE_SPEED["float32"]
+    return to_start + units(s, stage) * (other + matrices / speed[dtype])
 
 
 def speed_file(s: Settings) -> Path:

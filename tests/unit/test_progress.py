@@ -62,21 +62,21 @@ def test_minutes_and_place_through_a_run(tmp_path):
 def test_what_waits_for_matrices_takes_twice_as_long_at_half_the_speed(tmp_path):
     s = resolve(["RECIPE=quickstart", f"RUN_DIR={tmp_path}", "BF16=True"])
     stages = progress.plan(s)
-    to_start = sum(progress.SECONDS.get(stage.split()[0], [0])[0] for stage in stages) / 60
+    matrices = sum(progress.units(s, stage) * progress.SECONDS.get(stage.split()[0], [0])[-1] for stage in stages)
     _, whole = progress.minutes(s, stages, 0)
     progress.speed_file(s).write_text('{"float32": 0.5, "bfloat16": 0.5}')
-    assert progress.minutes(s, stages, 0)[1] - to_start == pytest.approx(2 * (whole - to_start))
+    assert progress.minutes(s, stages, 0)[1] == pytest.approx(whole + matrices / 60)
     for torn in ("", "2", '{"float32": 0.5}', '{"float32": null, "bfloat16": 1}'):
         progress.speed_file(s).write_text(torn)
         assert progress.minutes(s, stages, 0)[1] == whole
 
 
-def test_training_alone_gains_from_fast_bfloat16(tmp_path):
+@pytest.mark.parametrize(("dtype", "kinds"), [("bfloat16", {"train"}), ("float32", {"annotate", "kl"})])
+def test_only_what_multiplies_in_a_type_gains_from_its_speed(dtype, kinds, tmp_path):
     s = resolve(["RECIPE=quickstart", f"RUN_DIR={tmp_path}", "BF16=True"])
-    fast = {"float32": 1.0, "bfloat16": 7.0}
-    for stage in progress.plan(s):
-        gains = progress.expected(s, stage, fast) < progress.expected(s, stage)
-        assert gains == stage.startswith("train ")
+    fast = {"float32": 1.0, "bfloat16": 1.0} | {dtype: 7.0}
+    gains = {n for n in progress.plan(s) if progress.expected(s, n, fast) < progress.expected(s, n)}
+    assert {stage.split()[0] for stage in gains} - {"annotate_evaluation"} == kinds
 
 
 def test_speed_is_measured():
