@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from annotate_data.texts import check_template, instance_texts
 from common import scale_out
-from common.models import choose_dtype
-from common.provenance import model_inputs, weights_of
+from common.models import choose_dtype, weights_of
+from common.provenance import model_inputs
 from common.spool import Spool
 
 

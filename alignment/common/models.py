@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "generation/logit_mixture"))  # where it is not installed
 
@@ -226,10 +227,44 @@ def stored_weights(folder: str) -> dict[str, dict]:
     """Return what a folder's safetensors files say of each weight: name → {"dtype", "shape", "data_offsets"}."""
     found = {}
     for path in Path(folder).glob("*.safetensors"):
-        with open(path, "rb") as file:  # the length of its header, then the header: JSON
-            found |= json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    found.pop("__metadata__", None)
+        with open(path, "rb") as file:
+            found |= _read_header(file)
     return found
+
+
+def _read_header(file: BinaryIO) -> dict[str, dict]:
+    """Return what a safetensors file says of its weights, whose bytes begin where it stands then."""
+    header = json.loads(file.read(int.from_bytes(file.read(8), "little")))  # the header's length, then JSON
+    header.pop("__metadata__", None)
+    return header
+
+
+def weights_of(models: Mapping[str, str | None]) -> dict[str, str]:
+    """Return what a model is to a stage → a short hash of its weights, for settings that are compared.
+
+    Cheap where provenance's fingerprint reads every byte: it reads shapes and 1 KiB from the middle of each weight. A
+    model that was trained again under its old name differs in nearly all of them. Hub names and pickled weights have
+    no hash.
+
+    Raises:
+        UserError: a file is not a whole safetensors file.
+    """
+    found = {what: sorted(Path(name).glob("*.safetensors")) for what, name in models.items() if name}
+    return {what: _hash_of_samples(files) for what, files in found.items() if files}
+
+
+def _hash_of_samples(files: list[Path]) -> str:
+    whole = hashlib.sha256()
+    for path in files:
+        _check_weights(path)
+        with open(path, "rb") as file:
+            header = _read_header(file)
+            whole.update(json.dumps(header, sort_keys=True).encode())
+            start = file.tell()
+            for begin, end in (header[name]["data_offsets"] for name in sorted(header)):
+                file.seek(start + max(begin, (begin + end) // 2 - 512))
+                whole.update(file.read(min(1024, end - begin)))
+    return whole.hexdigest()[:16]
 
 
 def render_chat(tokenizer, messages: list[dict], where: str, **options) -> str:

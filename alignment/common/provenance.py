@@ -7,9 +7,8 @@ inputs. It holds no date, host or user: the same run writes the same bytes.
 
 import hashlib
 import importlib.metadata
-import json
 import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -47,40 +46,6 @@ def model_inputs(models: dict[str, str | None]) -> list[dict]:
     """
     found = {name: fingerprint(name, "model") for name in set(models.values()) if name}
     return [{"what": what, "name": name, **found[name]} for what, name in models.items() if name]
-
-
-def weights_of(models: Mapping[str, str | None]) -> dict[str, str]:
-    """Return what a model is to a stage → a short hash of its weights, for settings that are compared.
-
-    Cheap where `fingerprint` reads every byte: it reads shapes and 1 KiB from the middle of each tensor. A model that
-    was trained again under its old name differs in nearly all of them. Hub names and pickled weights have no hash.
-
-    Raises:
-        UserError: a file is not a whole safetensors file.
-    """
-    found = {what: _weights(Path(name)) for what, name in models.items() if name}
-    return {what: value for what, value in found.items() if value}
-
-
-def _weights(folder: Path) -> str | None:
-    whole, files = hashlib.sha256(), sorted(folder.glob("*.safetensors"))
-    for path in files:
-        try:
-            with open(path, "rb") as file:
-                size = int.from_bytes(file.read(8), "little")
-                header = file.read(size)
-                tensors = json.loads(header)
-                tensors.pop("__metadata__", None)
-                whole.update(header)
-                for name in sorted(tensors):
-                    begin, end = tensors[name]["data_offsets"]
-                    file.seek(8 + size + max(begin, (begin + end) // 2 - 512))
-                    whole.update(file.read(min(1024, end - begin)))
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}") from None
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, MemoryError):
-            raise UserError(f"{path}: not a whole safetensors file") from None
-    return whole.hexdigest()[:16] if files else None
 
 
 def data_inputs(names: Iterable[str]) -> list[dict]:

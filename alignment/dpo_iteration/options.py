@@ -18,8 +18,7 @@ import torch
 from transformers import HfArgumentParser, IntervalStrategy, TrainingArguments
 
 from common.cli import UserError, fail, first_line
-from common.models import default_dtype
-from common.provenance import weights_of
+from common.models import default_dtype, weights_of
 from dpo_iteration.losses import LOSSES, looks_at_margin, takes_hard_labels
 from dpo_iteration.pairs import CHOOSE_TYPES, LABELS
 

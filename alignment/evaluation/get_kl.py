@@ -42,8 +42,9 @@ from common.models import (
     load_tokenizer,
     stop_token_ids,
     tokenizer_fingerprint,
+    weights_of,
 )
-from common.provenance import data_inputs, model_inputs, provenance, weights_of
+from common.provenance import data_inputs, model_inputs, provenance
 from common.record_stream import RecordStream
 from common.records import check_response_ids, read_json, sha256, write_json
 from generation.prompts import add_prompt_flags, check_same_prompts, prompt_settings, read_prompts

@@ -18,6 +18,8 @@ PARTS = (*names.PROMPTS, "kl_prompts")
 TEST, TRAIN, KL = PARTS
 # What differs between models, or seeds, that are compared.
 APART = {"policy", "reference", "weights", "tokenizer", "dataset_sha256", "model_name_or_path", "responses_sha256"}
+# The same for responses: a model samples in its own type, which on a GPU is that of its weights.
+APART_IN_SAMPLING = APART | {"dtype"}
 
 
 class Model(NamedTuple):
@@ -144,8 +146,7 @@ def agreed_settings(run_dir: Path, made: dict[tuple, dict]) -> dict[str, dict]:
     found = {}
     for part in PARTS:
         sources = {scored_file(run_dir, *key): s.get("generate") or {} for key, s in made.items() if key[1] == part}
-        # A model samples in its own type: in 32 bits, where a GPU finds its weights in them.
-        found[f"responses to {part.replace('_', ' ')}"] = agreed(sources, APART | {"dtype"})
+        found[f"responses to {part.replace('_', ' ')}"] = agreed(sources, APART_IN_SAMPLING)
     for judge, name in JUDGES.items():
         sources = {scored_file(run_dir, *key): s.get("annotate") or {} for key, s in made.items() if key[0] == judge}
         found[f"scores by the {name}"] = agreed(sources)
@@ -214,7 +215,7 @@ def read_kl(run_dir: Path, models: list[Model]) -> tuple[dict[Model, dict], dict
     if not of_same_prompts(list(results.values())):
         raise UserError(f"{run_dir}/results: the models' KL is of different prompts: they cannot be compared")
     made = {kl_file(run_dir, model): result["settings"].get("kl", {}) for model, result in results.items()}
-    return results, agreed(made, APART | {"dtype"})
+    return results, agreed(made, APART_IN_SAMPLING)
 
 
 def of_same_prompts(results: list[dict]) -> bool:

@@ -46,7 +46,7 @@ MISSING = "missing"
 # A model has collapsed where its diversity is below this share of the base model's. Healthy 135M runs kept 0.9, one
 # that had collapsed to refusals a third.
 LOST_DIVERSITY = 0.5
-# Nats per token. Healthy 135M runs had 0.03 to 0.12, a collapsed one 0.21.
+# Nats per token. Healthy 135M runs had 0.03 to 0.14, a collapsed one 0.21.
 RUNAWAY_KL = 0.15
 SEEDS_DIFFER = (
     "This is one training run. Seeds differ by more than these intervals, which are over prompts only: in eight "

@@ -36,8 +36,9 @@ from common.models import (
     response_text,
     stop_token_ids,
     tokenizer_fingerprint,
+    weights_of,
 )
-from common.provenance import data_inputs, model_inputs, provenance, weights_of
+from common.provenance import data_inputs, model_inputs, provenance
 from common.record_stream import RecordStream
 from common.records import write_records
 from generation.prompts import (

@@ -25,6 +25,7 @@ from scripts.settings import Settings, show
 # The reference machine: an AMD EPYC with 2 cores that multiplies bfloat16 itself. Operations per second in products
 # of 2048 x 2048 matrices (benchmarks/results/amd-epyc-2-cores.md).
 REFERENCE_SPEED = {"float32": 180e9, "bfloat16": 405e9}
+AS_REFERENCE = dict.fromkeys(REFERENCE_SPEED, 1.0)
 # The quickstart's seconds on it: to start a stage, and per unit of its work. Of these the first do not depend on how
 # fast matrices are multiplied (Python importing, small matrices, memory), the others do.
 SECONDS = {
@@ -74,13 +75,13 @@ def units(s: Settings, stage: str) -> float:
     }.get(kind, 0)
 
 
-def expected(s: Settings, stage: str, speed: dict[str, float] | None = None) -> float:
+def expected(s: Settings, stage: str, speed: dict[str, float] = AS_REFERENCE) -> float:
     """Return the seconds that a stage takes on a machine of this `speed` (see `machine_speed`)."""
-    speed = speed or dict.fromkeys(REFERENCE_SPEED, 1.0)
     to_start, other, matrices = SECONDS.get(stage.split()[0], (0, 0, 0))
-    dtype = "bfloat16" if stage.startswith("train ") and s.BF16 == "True" else "float32"
-    if stage.startswith("train ") and dtype == "float32":
-        matrices *= REFERENCE_SPEED["bfloat16"] / REFERENCE_SPEED["float32"]
+    dtype = "float32"
+    if stage.startswith("train "):  # its seconds are those in bfloat16
+        dtype = "bfloat16" if s.BF16 == "True" else "float32"
+        matrices *= REFERENCE_SPEED["bfloat16"] / REFERENCE_SPEED[dtype]
     return to_start + units(s, stage) * (other + matrices / speed[dtype])
 
 
@@ -95,7 +96,7 @@ def speed_of(s: Settings) -> dict[str, float]:
         found = json.loads(speed_file(s).read_text())
         return {dtype: max(0.01, float(found[dtype])) for dtype in REFERENCE_SPEED}
     except (OSError, ValueError, TypeError, KeyError):
-        return dict.fromkeys(REFERENCE_SPEED, 1.0)
+        return AS_REFERENCE
 
 
 def spent(s: Settings) -> dict[str, float]:

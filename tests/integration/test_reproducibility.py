@@ -16,6 +16,7 @@ from tiny import save_tiny_policy, save_tiny_reward_model
 
 from common import provenance
 from common.cli import UserError
+from common.models import weights_of
 from reward_model.preference_data import write_pairs
 
 SECRETS = {"HF_TOKEN": "hf_secretMarkerToken", "WANDB_API_KEY": "0123456789secretMarkerKey9876543210abcdef"}
@@ -253,16 +254,16 @@ def test_check_run_explains_itself():
 def test_weights_have_a_short_hash(finished, tmp_path):
     """Of the numbers, not of the name; a hub name has none, and a torn file is refused by its name."""
     here = {"policy": str(finished / "policy"), "reference": str(finished / "reference")}
-    found = provenance.weights_of({**here, "previous": None, "hub": "owner/name"})
+    found = weights_of({**here, "previous": None, "hub": "owner/name"})
     assert sorted(found) == ["policy", "reference"] and found["policy"] != found["reference"]
     shutil.copytree(finished / "policy", tmp_path / "copy")
-    assert provenance.weights_of({"policy": str(tmp_path / "copy")}) == {"policy": found["policy"]}
+    assert weights_of({"policy": str(tmp_path / "copy")}) == {"policy": found["policy"]}
     weights = tmp_path / "copy/model.safetensors"
     tensors = load_file(weights)
     for name, tensor in tensors.items():
         save_file({**tensors, name: tensor + 1e-6 * (1 + tensor.abs())}, weights, {"format": "pt"})
-        assert provenance.weights_of({"policy": str(tmp_path / "copy")}) != {"policy": found["policy"]}, name
+        assert weights_of({"policy": str(tmp_path / "copy")}) != {"policy": found["policy"]}, name
     for torn in (b"", b"\xff" * 9, b"\x02" + bytes(7) + b"[]", b"\x02" + bytes(7) + b"{"):
         weights.write_bytes(torn)
         with pytest.raises(UserError, match="model.safetensors"):
-            provenance.weights_of({"policy": str(tmp_path / "copy")})
+            weights_of({"policy": str(tmp_path / "copy")})

@@ -29,7 +29,7 @@ def run(command: list[str], folder: str | Path = "/", **environment: str) -> sub
     return subprocess.run(
         command,
         env={**os.environ, **{name: str(value) for name, value in environment.items()}},
-        cwd=folder,  # every script works from any
+        cwd=folder,  # any: every script works from anywhere
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
