@@ -2,6 +2,7 @@
 
 Reads   STUDY/<cell>/table.json and values.npz.
 Writes  OUTPUT_DIR/lab_main.png, lab_choices.png, lab_ladder.png, lab_where.png, lab_lr.png, lab_reward_kl.png.
+        Prints the tables of docs/results.md.
 
     python alignment/lab/figures.py --study alignment/lab/results --output_dir docs/figures
 """
@@ -65,8 +66,45 @@ def main() -> None:
         figure = draw(study)
         if figure is None:
             continue
-        figure.savefig(output / f"lab_{name}.png", dpi=110, bbox_inches="tight")
+        figure.savefig(output / f"lab_{name}.png", dpi=130, bbox_inches="tight")
         plt.close(figure)
+    print("\n\n".join((differences(study), *(gaps(study, cell) for cell in ("main", "choices")))))
+    for sampler, row in matched_kl(study, "main").items():
+        print(f"{sampler}: reward minus online's at equal KL {interval_text(row[0], row[1], row[2])}")
+
+
+def interval_text(value: float, low: float, high: float) -> str:
+    """Return a difference with its interval as the docs write it, with a true minus."""
+    return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]".replace("-", "−")
+
+
+def differences(study: Path) -> str:
+    """Return a Markdown table, a cell of the study per line: value gaps minus online's; * for Holm's p below 0.05."""
+    samplers = ["online-null", "gshf", "mixp", "theory", "offline"]
+    lines = [
+        "| cell | seeds | " + " | ".join(f"`{name}`" for name in samplers) + " | `online`'s gap |",
+        "|---" * 8 + "|",
+    ]
+    for path in sorted(study.glob("*/table.json")):
+        cell, rows = path.parent.name, rows_of(study, path.parent.name)
+        if cell.startswith("choices"):
+            continue
+        words = [cell, str(len(json.loads(path.read_text())["seeds"]))]
+        for row in map(rows.get, samplers):
+            star = " *" if row and row["p_holm"] < 0.05 else ""
+            words.append(interval_text(row["difference"], row["low"], row["high"]) + star if row else "")
+        lines.append("| " + " | ".join(words) + f" | {rows['online']['gap']:.3f} |")
+    return "\n".join(lines)
+
+
+def gaps(study: Path, cell: str) -> str:
+    """Return a Markdown table of one cell: every sampler's value gap, best first."""
+    lines = ["| sampler | value gap | minus `online`, 95% | Holm's p |", "|---|---|---|---|"]
+    for name, row in sorted(rows_of(study, cell).items(), key=lambda item: item[1]["gap"]):
+        rest = (interval_text(row["difference"], row["low"], row["high"]), f"{row['p_holm']:.1g}")
+        shown = " | ".join(rest if name != "online" else ("", ""))
+        lines.append(f"| `{name}` | {row['gap']:.3f} | {shown} |")
+    return "\n".join(lines)
 
 
 def rows_of(study: Path, cell: str) -> dict[str, dict]:
@@ -116,10 +154,10 @@ def ladder(study: Path):
                     error_bar(axis, x + 0.13 * (i - 1.5), row, sampler, None if labelled else sampler)
                     labelled = True
         axis.axhline(0, color="black", lw=0.8)
-        axis.set_xticks(range(len(RUNGS)), [f"{learner}\n{optimizer}" for learner, optimizer in RUNGS], fontsize=6)
+        axis.set_xticks(range(len(RUNGS)), [f"{learner}\n{optimizer}" for learner, optimizer in RUNGS], fontsize=7)
         axis.set_xlim(-0.5, len(RUNGS) - 0.5)
         axis.set_title(f"β = {beta}", fontsize=9)
-    axes[0, 0].set_ylabel("value gap minus online's")
+        axis.set_ylabel("value gap minus online's")
     axes[0, 0].legend(fontsize=7)
     return figure
 
@@ -138,7 +176,7 @@ def where(study: Path):
         for x, cell in enumerate(cells):
             error_bar(axis, x + 0.13 * (i - 1.5), rows_of(study, cell)[sampler], sampler, None if x else sampler)
     axis.axhline(0, color="black", lw=0.8)
-    axis.set_xticks(range(len(cells)), [WHERE[cell] for cell in cells], fontsize=6)
+    axis.set_xticks(range(len(cells)), [WHERE[cell] for cell in cells], fontsize=7)
     axis.set_ylabel("value gap minus online's")
     axis.legend(fontsize=7)
     return figure
@@ -160,6 +198,7 @@ def valleys(study: Path):
         axis.plot(data["lrs"], mean, marker=marker_of(sampler), color=color_of(sampler), label=sampler, ms=4)
         axis.fill_between(data["lrs"], mean - half, mean + half, color=color_of(sampler), alpha=0.15, lw=0)
     axis.set_xscale("log", base=2)
+    axis.set_xticks(data["lrs"], [f"{lr:g}" for lr in data["lrs"]])
     axis.set_xlabel("learning rate")
     axis.set_ylabel("value gap after 150 updates")
     axis.legend(fontsize=7)
@@ -189,11 +228,9 @@ def reward_kl(study: Path):
         x = kl.mean(axis=0)
         axis.plot(x, mean, marker=marker_of(sampler), color=color_of(sampler), label=sampler, ms=3)
         axis.fill_between(x, mean - half, mean + half, color=color_of(sampler), alpha=0.15, lw=0)
-    axis.set_xlabel("KL to the reference")
+    axis.set_xlabel("KL to the reference, nats")
     axis.set_ylabel("expected reward")
     axis.legend(fontsize=7)
-    for sampler, row in matched_kl(study, "main").items():
-        print(f"{sampler}: reward minus online's at equal KL {row[0]:+.3f} [{row[1]:+.3f}, {row[2]:+.3f}]")
     return figure
 
 

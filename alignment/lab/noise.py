@@ -99,6 +99,9 @@ def draw(gaps: np.ndarray):
         axis.axhline(0, color="grey", lw=0.8)
         axis.set_title(learner)
         axis.set_xticks(range(len(SAMPLERS) - 1), SAMPLERS[1:])
+    for fill, text in (("grey", "32 labels per update"), ("white", "no noise")):
+        axes[0].plot([], [], "o", color="grey", mfc=fill, label=text)
+    axes[0].legend(fontsize=7, loc="upper left")
     axes[0].set_ylabel("predicted gap minus online's")
     return figure
 

@@ -29,13 +29,11 @@ DESIGNS = ["d-optimal", "g-optimal", "v-optimal", "g-hybrid"]
 
 
 class Cell(NamedTuple):
-    """One cell: its question, the setting, the samplers, the learning rates (none: run_lab.LRS), how many seeds."""
+    """One cell: its setting, the samplers, the learning rates (none: run_lab.LRS)."""
 
-    question: str
     setting: Setting
     samplers: list[str]
     lrs: list[float] | None = None
-    seeds: int = 24
 
 
 def grid(lowest: float, count: int = 5) -> list[float]:
@@ -51,13 +49,6 @@ LADDER_LRS = {
     ("transformer", "sgd", 0.3): grid(0.125),
     ("transformer", "sgd", 0.1): grid(0.375),
 }
-# Linear policies at beta = 0.1 and the transformer with SGD take longest; the others have 50.
-LADDER_SEEDS = {
-    ("linear", "sgd", 0.1): 24,
-    ("linear", "adam", 0.1): 24,
-    ("transformer", "sgd", 0.3): 32,
-    ("transformer", "sgd", 0.1): 24,
-}
 
 
 def ladder() -> dict[str, Cell]:
@@ -65,9 +56,8 @@ def ladder() -> dict[str, Cell]:
     cells = {}
     for beta, learner, optimizer in product((0.3, 0.1), ("table", "linear", "transformer"), ("sgd", "adam")):
         setting = Setting(learner=learner, optimizer=optimizer, beta=beta)
-        key = learner, optimizer, beta
-        cell = Cell("ladder", setting, FEW, LADDER_LRS.get(key), LADDER_SEEDS.get(key, 50))
-        cells[f"ladder_{learner}_{optimizer}_{beta}"] = cell
+        lrs = LADDER_LRS.get((learner, optimizer, beta))
+        cells[f"ladder_{learner}_{optimizer}_{beta}"] = Cell(setting, FEW, lrs)
     del cells["ladder_transformer_adam_0.3"]  # that is `main`
     return cells
 
@@ -75,23 +65,23 @@ def ladder() -> dict[str, Cell]:
 ADAM = grid(0.001)
 EXACT = ["online", "gshf", "mixp", "theory", "offline"]
 CELLS = {
-    "main": Cell("main", Setting(), ALL, seeds=50),
+    "main": Cell(Setting(), ALL),
     **ladder(),
-    "pipeline": Cell("staleness", Setting(updates=300, iterations=3, epochs=2, restart=True), FEW, ADAM, 32),
-    **{f"beta_{b}": Cell("beta", Setting(beta=b), FEW, grid(0.0005)) for b in (1.0, 3.0)},
-    **{f"quality_{q}": Cell("quality", Setting(quality=q), FEW, ADAM) for q in (-0.7, 0.7)},
-    "noise_0.2": Cell("noise", Setting(label_noise=0.2), FEW, ADAM),
-    "rounds_3": Cell("staleness", Setting(iterations=3), FEW, ADAM),
-    "rounds_15": Cell("staleness", Setting(iterations=15), FEW, ADAM),
-    "choices": Cell("choices", Setting(), [*CHOICES, *DESIGNS], ADAM),
-    "choices_linear": Cell("choices", Setting(learner="linear"), [*CHOICES, *DESIGNS], grid(0.025)),
+    "pipeline": Cell(Setting(updates=300, iterations=3, epochs=2, restart=True), FEW, ADAM),
+    **{f"beta_{b}": Cell(Setting(beta=b), FEW, grid(0.0005)) for b in (1.0, 3.0)},
+    **{f"quality_{q}": Cell(Setting(quality=q), FEW, ADAM) for q in (-0.7, 0.7)},
+    "noise_0.2": Cell(Setting(label_noise=0.2), FEW, ADAM),
+    "rounds_3": Cell(Setting(iterations=3), FEW, ADAM),
+    "rounds_15": Cell(Setting(iterations=15), FEW, ADAM),
+    "choices": Cell(Setting(), [*CHOICES, *DESIGNS], ADAM),
+    "choices_linear": Cell(Setting(learner="linear"), [*CHOICES, *DESIGNS], grid(0.025)),
     # Labels per update at 4,800 labels.
-    "batch_8": Cell("batch", Setting(updates=600, pairs=8), FEW, grid(0.0005)),
-    "batch_120": Cell("batch", Setting(updates=40, pairs=120), FEW, grid(0.002)),
+    "batch_8": Cell(Setting(updates=600, pairs=8), FEW, grid(0.0005)),
+    "batch_120": Cell(Setting(updates=40, pairs=120), FEW, grid(0.002)),
     # No labels, no noise: what is left is curvature.
-    "exact": Cell("exact", Setting(pairs=0), EXACT, grid(0.002, 4), 8),
-    "exact_table": Cell("exact", Setting(pairs=0, learner="table", optimizer="sgd"), EXACT, grid(200.0, 8), 6),
-    "labels_19200": Cell("labels", Setting(updates=600), FEW, ADAM, 10),
+    "exact": Cell(Setting(pairs=0), EXACT, grid(0.002, 4)),
+    "exact_table": Cell(Setting(pairs=0, learner="table", optimizer="sgd"), EXACT, grid(200.0, 8)),
+    "labels_19200": Cell(Setting(updates=600), FEW, ADAM),
 }
 
 
@@ -99,7 +89,7 @@ def main() -> None:
     """Run the cells that are not there yet, in order."""
     p = Parser(__doc__)
     p.add("--output_dir", "folder of the cells", required=True)
-    p.add("--seeds", "environments per cell (default: each cell's own)", type=int, default=None)
+    p.add("--seeds", "environments per cell", type=int, default=50)
     p.add("--cells", f"which: {', '.join(CELLS)} (default: all)", nargs="+", default=None)
     p.add("--compile", "compile the transformer", action="store_true")
     p.add("--threads", "threads of torch", type=int, default=1)
@@ -108,8 +98,7 @@ def main() -> None:
     for name in args.cells or CELLS:
         if name not in CELLS:
             raise UserError(f"--cells {name}: one of {', '.join(CELLS)}")
-        seeds = list(range(args.seeds or CELLS[name].seeds))
-        run_once(name, CELLS[name], seeds, args.compile, Path(args.output_dir) / name)
+        run_once(name, CELLS[name], list(range(args.seeds)), args.compile, Path(args.output_dir) / name)
 
 
 def run_once(name: str, cell: Cell, seeds: list[int], compiled: bool, folder: Path) -> None:

@@ -6,6 +6,7 @@ pi starts at the reference; per update
     step     Adam or SGD, learning rate linearly to 0
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,6 +18,7 @@ from lab.design import Design
 from lab.environment import Environment, Setting, exact_values
 from lab.learners import Transformer, make_learner
 from lab.sampling import ALPHA, LabSampler, Weights, choose_two, draw_responses, first_wins, lab_sampler, pair_law
+from tqdm import tqdm
 
 from dpo_iteration.losses import LOSSES
 from generation.sampling import stream_seed
@@ -48,7 +50,8 @@ def run_all(setting: Setting, env: Environment, names: list[str], lrs: list[floa
     # Samplers with equal numbers of candidates share chunks.
     cells.sort(key=lambda cell: lab_sampler(names[cell[0]]).row.candidates)
     values = np.full((3, len(names), len(lrs), seeds, POINTS), np.nan)
-    for chunk in chunks_of(cells, [lab_sampler(names[s]).row.candidates for s, _, _ in cells]):
+    chunks = chunks_of(cells, [lab_sampler(names[s]).row.candidates for s, _, _ in cells])
+    for chunk in tqdm(chunks, f"runs, {CHUNK} at a time", file=sys.stdout):
         filled = chunk + chunk[-1:] * (CHUNK - len(chunk)) if compiled else chunk
         index = torch.tensor(filled)
         samplers = [lab_sampler(names[s]) for s in index[:, 0].tolist()]
