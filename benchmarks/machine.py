@@ -17,24 +17,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import harness  # noqa: F401 (before the libraries)
 from common.provenance import versions
+from scripts.machine import cpu_field, multiplies_bfloat16
 
 GIB = 2**30
 LIBRARIES = ("numpy", "vllm", "trl", "accelerate")
 
 
-def cpu_field(name: str, default: str = "unknown") -> str:
-    """A field of the first CPU in /proc/cpuinfo."""
-    found = re.search(rf"^{re.escape(name)}\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return found.group(1).strip() if found else default
-
-
-def multiplies_bfloat16() -> bool:
-    """Whether the CPU has instructions for bfloat16; without them it is slower than float32."""
-    return bool({"avx512_bf16", "amx_bf16"} & set(cpu_field("flags", "").split()))
-
-
 def half_dtype() -> str:
-    """The narrowest type that this CPU multiplies by itself: what both sides of a benchmark use."""
+    """The type that this CPU multiplies fastest: what both sides of a benchmark use."""
     return "bfloat16" if multiplies_bfloat16() else "float32"
 
 
@@ -44,9 +34,9 @@ def memory_bytes() -> int:
 
 
 def name() -> str:
-    """For example `amd-epyc-2-cores`."""
+    """For example `amd-epyc-model-17-2-cores`: processors of one name differ."""
     model = re.sub(r"[^a-z0-9]+", "-", cpu_field("model name").lower()).strip("-")
-    return f"{model}-{os.cpu_count()}-cores"
+    return f"{model}-model-{cpu_field('model')}-{os.cpu_count()}-cores"
 
 
 def fastest(work: Callable[[], object], turns: int = 10) -> float:
@@ -77,7 +67,7 @@ def multiply_rate(dtype: str) -> float:
 
 def describe() -> str:
     """A Markdown list of everything that the figures depend on."""
-    half = f", has bfloat16 instructions: {'yes' if multiplies_bfloat16() else 'no'}"
+    half = f", multiplies bfloat16 faster: {'yes' if multiplies_bfloat16() else 'no'}"
     rates = ", ".join(f"{multiply_rate(d) / 1e9:.0f} GFLOP/s in {d}" for d in ("float32", "bfloat16"))
     libraries = ", ".join(f"{k} {v}" for k, v in versions(LIBRARIES).items() if v)
     family = "family {}, model {}".format(cpu_field("cpu family"), cpu_field("model"))

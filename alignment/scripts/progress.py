@@ -23,7 +23,7 @@ from common.records import writing
 from scripts.settings import Settings, show
 
 # The reference machine: an AMD EPYC with 2 cores that multiplies bfloat16 itself. Operations per second in products
-# of 2048 x 2048 matrices (benchmarks/results/amd-epyc-2-cores.md).
+# of 2048 x 2048 matrices (benchmarks/results/amd-epyc-model-17-2-cores.md).
 REFERENCE_SPEED = {"float32": 180e9, "bfloat16": 405e9}
 AS_REFERENCE = dict.fromkeys(REFERENCE_SPEED, 1.0)
 # The quickstart's seconds on it: to start a stage, and per unit of its work. Of these the first do not depend on how

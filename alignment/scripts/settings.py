@@ -256,7 +256,7 @@ class Settings:
     BF16: str = setting(
         None,
         one_of("True", "False", "native"),
-        "train in bfloat16; native: on a CPU too, if it multiplies bfloat16 itself; not set: on a GPU",
+        "train in bfloat16; native: on a CPU too, if it multiplies bfloat16 faster; not set: on a GPU",
     )
     SAVE_DTYPE: str = setting(None, DTYPE, "of the saved weights; not set: bfloat16 with BF16, else float32")
     ACCELERATE_CONFIG: str = setting(
