@@ -70,6 +70,13 @@ class RecordStream:
             raise UserError(f"{self.path}: row {self._first[False]}: no 'response_ids', which other rows have")
         return True in self._first
 
+    def why_not_ids_of(self, fingerprint: str | None) -> str:
+        """Return why a tokenizer (see `tokenizer_fingerprint`) cannot use the sampled ids; empty where it can."""
+        if not self.have_ids():
+            return "it has no response_ids"
+        made_with = (self.settings.get("generate") or {}).get("tokenizer")
+        return "" if made_with == fingerprint else "its response_ids are of another tokenizer than the policy's"
+
     def __iter__(self) -> Iterator[dict]:
         return (value for key, value in members(self.path) if isinstance(key, int))
 

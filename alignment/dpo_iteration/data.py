@@ -7,7 +7,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow.compute as pc
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import TrainingArguments
 
 from common.adapters import whole_model
 from common.cli import UserError
@@ -57,26 +57,17 @@ def make_encoder(options: DataOptions, training: TrainingArguments, data: Record
     }
     check_same_vocabulary(models)
     config, tokenizer = next(iter(models.values()))
+    if why := data.why_not_ids_of(tokenizer_fingerprint(tokenizer)):
+        say(f"{options.train_file}: {why}; the responses' text is encoded")
     contexts = [context_length(*model) for model in models.values()]
     return Encoder(
         tokenizer,
         options.max_prompt_length,
         options.max_length,
-        sampled=has_ids(options, data, tokenizer),
+        sampled=not why,
         vocabulary=config.get_text_config().vocab_size,
         context=min((c for c in contexts if c), default=None),
     )
-
-
-def has_ids(options: DataOptions, data: RecordStream, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether the file holds the ids that were sampled with this tokenizer; if not, one line says why."""
-    there = data.have_ids()
-    made_with = data.settings.get("generate", {}).get("tokenizer")
-    if there and made_with == tokenizer_fingerprint(tokenizer):
-        return True
-    why = "its response_ids are of another tokenizer than the policy's" if there else "it has no response_ids"
-    say(f"{options.train_file}: {why}; the responses' text is encoded")
-    return False
 
 
 def instances(data: RecordStream, encoder: Encoder, implicit: np.ndarray | None = None) -> Iterator[dict]:

@@ -207,15 +207,16 @@ def read_responses(args: argparse.Namespace, tokenizer, room: int | None) -> lis
     data = RecordStream(args.responses, ("responses", "stop_reasons"))
     made_with = data.settings.get("generate") or {}
     check_origin(args, made_with)
-    by_ids = has_own_ids(args, data, made_with.get("tokenizer"), tokenizer)
+    if why := data.why_not_ids_of(tokenizer_fingerprint(tokenizer)):
+        print(f"{args.responses}: {why}; the responses' text is encoded")
     stop_ids = stop_token_ids(tokenizer, args.model_name_or_path, args.trust_remote_code)
     width = load_config(args.model_name_or_path, "policy", args.trust_remote_code).get_text_config().vocab_size
     groups = []
     for row, instance in enumerate(data):
         where = f"{args.responses}: row {row}"
-        if by_ids:
+        if not why:
             check_response_ids(where, instance, width)
-        groups.append(sequences_of(where, instance, tokenizer, by_ids, bool(stop_ids)))
+        groups.append(sequences_of(where, instance, tokenizer, not why, bool(stop_ids)))
     fitting = [group for group in groups if room is None or all(len(s.prompt + s.response) <= room for s in group)]
     if len(fitting) < len(groups):
         print(
@@ -224,17 +225,6 @@ def read_responses(args: argparse.Namespace, tokenizer, room: int | None) -> lis
     if not fitting:
         raise UserError(f"{args.responses}: no prompt fits with its responses into the {room} tokens of the models")
     return fitting
-
-
-def has_own_ids(args: argparse.Namespace, data: RecordStream, fingerprint: object, tokenizer) -> bool:
-    """Return whether the file holds ids that were sampled with this tokenizer; says if text is encoded instead."""
-    if not data.have_ids():
-        print(f"{args.responses}: no sampled ids, so the texts are encoded")
-        return False
-    if fingerprint != tokenizer_fingerprint(tokenizer):
-        print(f"{args.responses}: its ids are those of another tokenizer, so the texts are encoded")
-        return False
-    return True
 
 
 def sequences_of(where: str, instance: dict, tokenizer, by_ids: bool, has_stop: bool) -> list:
