@@ -80,7 +80,7 @@ CELLS = {
     "batch_120": Cell(Setting(updates=40, pairs=120), FEW, grid(0.002)),
     # No labels, no noise: what is left is curvature.
     "exact": Cell(Setting(pairs=0), EXACT, grid(0.002, 4)),
-    "exact_table": Cell(Setting(pairs=0, learner="table", optimizer="sgd"), EXACT, grid(200.0, 8)),
+    "exact_table": Cell(Setting(pairs=0, learner="table", optimizer="sgd"), EXACT, grid(800.0, 9)),
     "labels_19200": Cell(Setting(updates=600), FEW, ADAM),
 }
 
