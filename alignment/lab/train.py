@@ -6,7 +6,6 @@ pi starts at the reference; per update
     step     Adam or SGD, learning rate linearly to 0
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -51,7 +50,7 @@ def run_all(setting: Setting, env: Environment, names: list[str], lrs: list[floa
     cells.sort(key=lambda cell: lab_sampler(names[cell[0]]).row.candidates)
     values = np.full((3, len(names), len(lrs), seeds, POINTS), np.nan)
     chunks = chunks_of(cells, [lab_sampler(names[s]).row.candidates for s, _, _ in cells])
-    for chunk in tqdm(chunks, f"runs, {CHUNK} at a time", file=sys.stdout):
+    for chunk in tqdm(chunks, f"runs, {CHUNK} at a time"):
         filled = chunk + chunk[-1:] * (CHUNK - len(chunk)) if compiled else chunk
         index = torch.tensor(filled)
         samplers = [lab_sampler(names[s]) for s in index[:, 0].tolist()]
