@@ -122,22 +122,28 @@ def error_bar(axis, x, row: dict, sampler: str, label: str | None = None) -> Non
 
 
 def choices(study: Path):
-    """Draw the choices among 8 candidates; nothing where the cell was not run."""
-    return forest(study, "choices") if rows_of(study, "choices") else None
+    """Draw the choices among 8 candidates, of transformer and linear policies; nothing where no cell was run."""
+    cells = {"choices": "transformer", "choices_linear": "linear"}
+    found = {cell: title for cell, title in cells.items() if rows_of(study, cell)}
+    return forest(study, found) if found else None
 
 
-def forest(study: Path, cell: str = "main"):
-    """Draw every sampler of a cell: value gap minus online's."""
-    rows = rows_of(study, cell)
-    names = sorted((name for name in rows if name != "online"), key=lambda name: rows[name]["difference"])
-    figure, axis = plt.subplots(figsize=(5.4, 3.6))
-    for y, name in enumerate(names):
-        row = rows[name]
-        error = [[row["difference"] - row["low"]], [row["high"] - row["difference"]]]
-        axis.errorbar([row["difference"]], [y], xerr=error, fmt="o", color=color_of(name), ms=4, capsize=2)
-    axis.set_yticks(range(len(names)), names)
-    axis.axvline(0, color="black", lw=0.8)
-    axis.set_xlabel("value gap minus online's (right: worse)")
+def forest(study: Path, cells: dict[str, str] | None = None):
+    """Draw every sampler's value gap minus online's: a panel per cell, with its title, in the order of the first."""
+    cells = cells or {"main": ""}
+    first = rows_of(study, next(iter(cells)))
+    names = sorted((name for name in first if name != "online"), key=lambda name: first[name]["difference"])
+    figure, axes = plt.subplots(1, len(cells), figsize=(1.2 + 4.2 * len(cells), 3.6), sharey=True, squeeze=False)
+    for axis, (cell, title) in zip(axes[0], cells.items(), strict=True):
+        rows = rows_of(study, cell)
+        for y, name in enumerate(names):
+            row = rows[name]
+            error = [[row["difference"] - row["low"]], [row["high"] - row["difference"]]]
+            axis.errorbar([row["difference"]], [y], xerr=error, fmt="o", color=color_of(name), ms=4, capsize=2)
+        axis.axvline(0, color="black", lw=0.8)
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("value gap minus online's (right: worse)")
+    axes[0, 0].set_yticks(range(len(names)), names)
     return figure
 
 
