@@ -171,7 +171,7 @@ def check_models(args: argparse.Namespace) -> tuple:
     if args.responses:
         rooms = [context_length(*model) for model in models.values()]
         return tokenizer, min((room for room in rooms if room is not None), default=None)
-    check_temperature(args)
+    check_temperature(args.backend, args.temperature)
     args.dtype = choose_dtype(args, [args.model_name_or_path])
     return tokenizer, longest_prompt(args, models)
 

@@ -298,7 +298,7 @@ def generate(args: argparse.Namespace, engines: Engines) -> None:
     pairs = sampler.pairs(args.beta)
     args.K = args.K or sampler.candidates
     check_count(pairs, args.K)
-    check_temperature(args)
+    check_temperature(args.backend, args.temperature)
     slices(args)
     models = chosen_models(args, sampler)
     tokenizer, longest = check_models(args, models)

@@ -228,13 +228,12 @@ def add_engine_flags(p: Parser) -> None:
     p.add("--trust_remote_code", "run code that comes with a model", action="store_true")
 
 
-def check_temperature(args: argparse.Namespace) -> None:
-    """Raise `UserError` for temperatures that vLLM would change or refuse."""
+def check_temperature(backend: str, temperature: float, name: str = "--temperature") -> None:
+    """Raise `UserError` for temperatures that vLLM would change or refuse; `name` is what the user wrote."""
     low, high = 0.01, 2
-    if args.backend == "vllm" and (0 < args.temperature < low or args.temperature > high):
+    if backend == "vllm" and (0 < temperature < low or temperature > high):
         raise UserError(
-            f"--temperature {args.temperature:g}: vLLM samples at 0 (greedy) and from {low} to {high} only; "
-            "--backend hf takes any"
+            f"{name} {temperature:g}: vLLM samples at 0 (greedy) and from {low} to {high} only, hf at any"
         )
 
 

@@ -23,7 +23,7 @@ sys.path[:0] = [str(PROJECT), str(ALIGNMENT)]
 
 from bandit.mixtures import get_mixture
 from common.cli import UserError, fail
-from generation.sampling import check_count, sampler_from_json
+from generation.sampling import check_count, check_temperature, sampler_from_json
 from scripts import machine, memory, stages
 from scripts.settings import GROUPS, KNOWN, Settings, is_name, show
 
@@ -164,6 +164,8 @@ def check_values(s: Settings) -> None:
     for message, is_wrong in wrong.items():
         if is_wrong:
             raise UserError(message)
+    for name in ("TEMPERATURE", "EVAL_TEMPERATURE", "KL_TEMPERATURE"):
+        check_temperature(s.BACKEND, getattr(s, name), name)
 
 
 def check(s: Settings, driver: str) -> None:

@@ -364,6 +364,8 @@ def test_a_gpu_that_torch_cannot_use_is_refused(tmp_path):
         # What a later stage would refuse.
         ({"K": 1, "SAMPLERS": "online"}, "K 1"),
         ({"EPOCHS": 0}, "EPOCHS"),
+        ({"KL_TEMPERATURE": 0}, "KL_TEMPERATURE"),
+        ({"EVAL_TEMPERATURE": 2.5}, "EVAL_TEMPERATURE"),
         ({"MAX_PROMPT_LENGTH": 256}, "MAX_PROMPT_LENGTH"),
         ({"SAVE_DTYPE": "float32"}, "SAVE_DTYPE"),
         ({"USE_LORA": 1, "QLORA": 1}, "ACCELERATE_CONFIG"),

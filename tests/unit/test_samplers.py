@@ -1,6 +1,5 @@
 """The sampler table, its command-line forms, and how responses are assigned to the sides of pairs."""
 
-import argparse
 import json
 from collections import Counter
 from itertools import permutations, product
@@ -210,10 +209,10 @@ def test_vllm_samples_at_the_temperatures_that_are_let_through():
     from vllm import SamplingParams
 
     for temperature in (0.0, 0.01, 0.7, 2.0):
-        check_temperature(argparse.Namespace(backend="vllm", temperature=temperature))
+        check_temperature("vllm", temperature)
         assert SamplingParams(temperature=temperature).temperature == temperature
     assert SamplingParams(temperature=0.005).temperature != 0.005
     for temperature in (0.005, 2.1):
-        check_temperature(argparse.Namespace(backend="hf", temperature=temperature))
+        check_temperature("hf", temperature)
         with pytest.raises(UserError, match=f"--temperature {temperature}"):
-            check_temperature(argparse.Namespace(backend="vllm", temperature=temperature))
+            check_temperature("vllm", temperature)
