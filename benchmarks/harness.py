@@ -89,9 +89,11 @@ def seconds(work: Callable[[], object]) -> float:
 
 def shares(work: Callable[[], object]) -> str:
     """What the processor does in it: for example "matrix products 78%, attention 7%"."""
+    from torch._C._profiler import _ExperimentalConfig
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
+    everywhere = _ExperimentalConfig(profile_all_threads=True)  # annotation works in threads of its own
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True, experimental_config=everywhere) as profiler:
         work()
     parts = dict.fromkeys(("matrix products", "attention", "rest"), 0.0)
     for event in profiler.key_averages():

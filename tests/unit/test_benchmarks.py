@@ -4,6 +4,7 @@ import site
 import sys
 from importlib.machinery import PathFinder
 from pathlib import Path
+from threading import Thread
 
 from benchmarks.harness import Row, growth_row, shares, table
 from benchmarks.merge import OVERVIEW, merged, reached, sections
@@ -71,3 +72,17 @@ def test_a_profile_of_nothing_but_products():
     words = shares(lambda: [matrix @ matrix for _ in range(20)])
     assert words.startswith("matrix products ") and words.endswith(", attention 0%")
     assert int(words.removeprefix("matrix products ").split("%")[0]) > 80
+
+
+def test_a_profile_sees_other_threads():
+    """Annotation scores in threads; a profile of the caller's alone would hold none of its products."""
+    import torch
+
+    a = torch.ones(300, 300)
+
+    def products():
+        thread = Thread(target=lambda: [a @ a for _ in range(20)])
+        thread.start()
+        thread.join()
+
+    assert int(shares(products).removeprefix("matrix products ").split("%")[0]) > 80
