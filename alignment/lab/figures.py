@@ -68,7 +68,8 @@ def main() -> None:
             continue
         figure.savefig(output / f"lab_{name}.png", dpi=130, bbox_inches="tight")
         plt.close(figure)
-    print("\n\n".join((differences(study), *(gaps(study, cell) for cell in ("main", "choices")))))
+    shown = [cell for cell in ("main", "choices", "choices_linear") if rows_of(study, cell)]
+    print("\n\n".join((differences(study), *(gaps(study, cell) for cell in shown))))
     for sampler, row in matched_kl(study, "main").items():
         print(f"{sampler}: reward minus online's at equal KL {interval_text(row[0], row[1], row[2])}")
 
