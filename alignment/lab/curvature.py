@@ -127,10 +127,9 @@ def draw(spectra: np.ndarray):
         for i, sampler in enumerate(SAMPLERS):
             shares = np.maximum(values[:, i] / values[:, i, :1], 1e-12)
             mean = np.exp(np.log(shares).mean(axis=0))
-            style = (0, (4, 3)) if sampler == "theory" else "-"  # dashed, and above: `offline` lies on it
-            order = 3 if sampler == "theory" else 2
+            over = {"ls": (0, (4, 3)), "zorder": 3} if sampler == "theory" else {}  # `offline` lies on it
             directions = np.arange(1, len(mean) + 1)
-            axis.plot(directions, mean, color=color_of(sampler), label=sampler, lw=1.4, ls=style, zorder=order)
+            axis.plot(directions, mean, color=color_of(sampler), label=sampler, lw=1.4, **over)
         axis.set(title=learner, xlabel="direction", xscale="log", yscale="log", ylim=(1e-6, 1.5))
     axes[0].set_ylabel("eigenvalue / largest")
     axes[0].legend(fontsize=7)

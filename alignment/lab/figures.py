@@ -2,7 +2,7 @@
 
 Reads   STUDY/<cell>/table.json and values.npz.
 Writes  OUTPUT_DIR/lab_main.png, lab_choices.png, lab_ladder.png, lab_where.png, lab_lr.png, lab_reward_kl.png.
-        Prints the tables of docs/results.md.
+        Prints the tables over cells of docs/results.md; table.md in each cell's folder has all of its samplers.
 
     python alignment/lab/figures.py --study alignment/lab/results --output_dir docs/figures
 """
@@ -68,8 +68,7 @@ def main() -> None:
             continue
         figure.savefig(output / f"lab_{name}.png", dpi=130, bbox_inches="tight")
         plt.close(figure)
-    shown = [cell for cell in ("main", "choices", "choices_linear") if rows_of(study, cell)]
-    print("\n\n".join((differences(study), *(gaps(study, cell) for cell in shown))))
+    print(differences(study))
     for sampler, row in matched_kl(study, "main").items():
         print(f"{sampler}: reward minus online's at equal KL {interval_text(row[0], row[1], row[2])}")
 
@@ -98,28 +97,18 @@ def differences(study: Path) -> str:
     return "\n".join(lines)
 
 
-def gaps(study: Path, cell: str) -> str:
-    """Return a Markdown table of one cell: every sampler's value gap, best first."""
-    lines = ["| sampler | value gap | minus `online`, 95% | Holm's p |", "|---|---|---|---|"]
-    for name, row in sorted(rows_of(study, cell).items(), key=lambda item: item[1]["gap"]):
-        rest = (interval_text(row["difference"], row["low"], row["high"]), f"{row['p_holm']:.1g}")
-        shown = " | ".join(rest if name != "online" else ("", ""))
-        lines.append(f"| `{name}` | {row['gap']:.3f} | {shown} |")
-    return "\n".join(lines)
-
-
 def rows_of(study: Path, cell: str) -> dict[str, dict]:
     """Return a cell's table by sampler; empty if it was not run."""
     path = study / cell / "table.json"
     return {row["sampler"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
 
 
-def error_bar(axis, x, row: dict, sampler: str, label: str | None = None) -> None:
-    """Draw a difference with its interval."""
+def error_bar(axis, place, row: dict, sampler: str, across: bool = False, **style) -> None:
+    """Draw a difference with its interval: upright at x = place, or `across` at y = place."""
     error = [[row["difference"] - row["low"]], [row["high"] - row["difference"]]]
-    axis.errorbar(
-        [x], [row["difference"]], error, fmt=marker_of(sampler), color=color_of(sampler), label=label, ms=5, capsize=2
-    )
+    x, y, which = ([row["difference"]], [place], "xerr") if across else ([place], [row["difference"]], "yerr")
+    style = {"fmt": marker_of(sampler), "color": color_of(sampler), "ms": 5, "capsize": 2, which: error} | style
+    axis.errorbar(x, y, **style)
 
 
 def choices(study: Path):
@@ -138,9 +127,7 @@ def forest(study: Path, cells: dict[str, str] | None = None):
     for axis, (cell, title) in zip(axes[0], cells.items(), strict=True):
         rows = rows_of(study, cell)
         for y, name in enumerate(names):
-            row = rows[name]
-            error = [[row["difference"] - row["low"]], [row["high"] - row["difference"]]]
-            axis.errorbar([row["difference"]], [y], xerr=error, fmt="o", color=color_of(name), ms=4, capsize=2)
+            error_bar(axis, y, rows[name], name, across=True, fmt="o", ms=4)
         axis.axvline(0, color="black", lw=0.8)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("value gap minus online's (right: worse)")
@@ -158,7 +145,7 @@ def ladder(study: Path):
             for x, rung in enumerate(RUNGS):
                 row = rung_rows(study, rung, beta).get(sampler)
                 if row:
-                    error_bar(axis, x + 0.13 * (i - 1.5), row, sampler, None if labelled else sampler)
+                    error_bar(axis, x + 0.13 * (i - 1.5), row, sampler, label=None if labelled else sampler)
                     labelled = True
         axis.axhline(0, color="black", lw=0.8)
         axis.set_xticks(range(len(RUNGS)), [f"{learner}\n{optimizer}" for learner, optimizer in RUNGS], fontsize=7)
@@ -181,7 +168,9 @@ def where(study: Path):
     figure, axis = plt.subplots(figsize=(0.85 * len(cells) + 1.5, 3.4))
     for i, sampler in enumerate(SHOWN):
         for x, cell in enumerate(cells):
-            error_bar(axis, x + 0.13 * (i - 1.5), rows_of(study, cell)[sampler], sampler, None if x else sampler)
+            error_bar(
+                axis, x + 0.13 * (i - 1.5), rows_of(study, cell)[sampler], sampler, label=None if x else sampler
+            )
     axis.axhline(0, color="black", lw=0.8)
     axis.set_xticks(range(len(cells)), [WHERE[cell] for cell in cells], fontsize=7)
     axis.set_ylabel("value gap minus online's")

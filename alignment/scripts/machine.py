@@ -63,7 +63,7 @@ def multiplies_bfloat16() -> bool:
     """Return whether this processor multiplies bfloat16 faster than float32.
 
     With AMX, or AVX-512's instructions for it. Not where the latter stand beside avx512_fp16: those are Intel's since
-    Sapphire Rapids, which a virtual machine may rob of AMX, and then bfloat16 has 0.7 times float32's rate.
+    Sapphire Rapids, which a virtual machine may rob of AMX, and then bfloat16 has 0.6 to 0.7 times float32's rate.
     """
     flags = set(cpu_field("flags").split())
     return "amx_bf16" in flags or ("avx512_bf16" in flags and "avx512_fp16" not in flags)

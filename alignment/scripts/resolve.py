@@ -150,6 +150,7 @@ def check_values(s: Settings) -> None:
         ),
         "K 1: a pair needs two responses": s.K == 1,
         "EPOCHS 0: nothing would be trained": s.EPOCHS == 0,
+        # Training may be greedy; then only the KL's own stage refuses.
         "KL_TEMPERATURE 0: the KL of greedy decoding is not finite": s.KL_TEMPERATURE == 0 < s.TEMPERATURE,
         "QLORA=1 goes with USE_LORA=1: the 4-bit weights are frozen, only an adapter can be trained": (
             s.QLORA and not s.USE_LORA
