@@ -29,6 +29,7 @@ from common.record_stream import read_records
 pytestmark = pytest.mark.slow
 HEAD, SECOND = {"num_cpus": 4, "num_gpus": 3}, {"num_cpus": 4, "num_gpus": 1}
 GENERATE, ANNOTATE = "generation/generate.py", "annotate_data/get_rewards.py"
+RESPONSES = 192
 
 
 @pytest.fixture(scope="module")
@@ -143,13 +144,13 @@ def place(tmp_path_factory) -> Path:
     save_tiny_policy(folder / "policy", 0, hidden=128, layers=2, heads=2)
     save_tiny_policy(folder / "reference", 1, hidden=64, layers=3, heads=2, tie_word_embeddings=True)
     save_tiny_reward_model(folder / "reward", 1)
-    prompts = [{"prompt": f"prompt {'abcdefgh'[i % 8] * (i % 30)}"} for i in range(48)]
+    prompts = [{"prompt": f"prompt {'abcdefgh'[i % 8] * (i % 30)}"} for i in range(RESPONSES // 2)]
     (folder / "prompts.json").write_text(json.dumps(prompts))
     return folder
 
 
 def generate_flags(place: Path, output: Path | list[Path], *more: object) -> list[str]:
-    """96 responses, 2 at a time."""
+    """`RESPONSES` responses, 2 at a time."""
     words = (
         f"--model_name_or_path {place}/policy --ref_model_name_or_path {place}/reference --sampler mixp --K 2 "
         f"--dataset_name_or_path {place}/prompts.json --temperature 1 --max_new_tokens 32 --max_input_length 60 "
@@ -189,14 +190,21 @@ def rows_of(output: Path) -> list[bytes]:
     return journal_rows(output.parent).get(f"{output.name}.journal", [])
 
 
+def answering(node) -> bool:
+    """Whether an engine on this node of the cluster is at work, by the title that Ray gives its process."""
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    return any(child.cmdline()[:1] == ["ray::MapWorker(Map(_Actor)).submit"] for child in raylet.children())
+
+
 def test_a_node_is_killed_while_two_generate(cluster, place, whole, tmp_path):
     output, log = tmp_path / "out.json", tmp_path / "log"
     process = start(place, output, log, "--num_engines", 2)
+    second = cluster.list_all_nodes()[1]
     try:
-        assert wait_until(lambda: len(rows_of(output)) >= 12, process), log.read_text()
+        assert wait_until(lambda: len(rows_of(output)) >= 12 and answering(second), process), log.read_text()
         os.link(f"{output}.journal", tmp_path / "kept")  # it is removed in the end
         before = (tmp_path / "kept").read_bytes()
-        cluster.remove_node(cluster.list_all_nodes()[1], allow_graceful=False)
+        cluster.remove_node(second, allow_graceful=False)
         assert process.wait(timeout=300) == 0, log.read_text()
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -206,7 +214,7 @@ def test_a_node_is_killed_while_two_generate(cluster, place, whole, tmp_path):
     journal = (tmp_path / "kept").read_bytes()
     assert journal.startswith(before[: before.rindex(b"\n")])
     keys = [json.loads(line)["key"] for line in journal.splitlines()[1:]]
-    assert len(keys) == len(set(keys)) == 96
+    assert len(keys) == len(set(keys)) == RESPONSES
 
 
 def test_stopped_and_killed_with_two_engines_continued_with_one(place, whole, tmp_path, monkeypatch):
@@ -228,7 +236,7 @@ def test_stopped_and_killed_with_two_engines_continued_with_one(place, whole, tm
         assert "Traceback" not in log.read_text()
         assert ("stopped; the same command continues from here" in log.read_text()) == (code == 130)
     kept = len(rows_of(output))
-    assert 16 <= kept < 96 and not output.exists()
+    assert 16 <= kept < RESPONSES and not output.exists()
     generate(place, output, "--backend", "hf")
     assert output.read_bytes() == whole
 

@@ -94,8 +94,8 @@ GENERATE = {
     "chat of a system turn": ("--dataset_name_or_path system.jsonl --template chat", ["system.jsonl: line 1"]),
     "template variable that is taken": ("""--chat_template_kwargs '{"tokenize":1}'""", ["--chat_template_kwargs"]),
     "template variables not JSON": ("--chat_template_kwargs {x", ["--chat_template_kwargs '{x'"]),
-    "too cold for vLLM": ("--temperature 0.001 --backend vllm", ["--temperature 0.001", "--backend hf"]),
-    "too warm for vLLM": ("--temperature 3 --backend vllm", ["--temperature 3", "--backend hf"]),
+    "too cold for vLLM": ("--temperature 0.001 --backend vllm", ["--temperature 0.001", "hf at any"]),
+    "too warm for vLLM": ("--temperature 3 --backend vllm", ["--temperature 3", "hf at any"]),
     "torn Parquet": ("--dataset_name_or_path torn.parquet", ["torn.parquet"]),
     "torn gzip": ("--dataset_name_or_path torn.jsonl.gz", ["torn.jsonl.gz"]),
     "odd K": ("--sampler mixp --K 3", ["--K 3: must be even"]),
@@ -306,7 +306,7 @@ REWARD = {
 
 KL = {
     "temperature 0": ("--temperature 0", ["--temperature", "the KL of greedy decoding is not finite"]),
-    "too cold for vLLM": ("--temperature 0.001 --backend vllm", ["--temperature 0.001", "--backend hf"]),
+    "too cold for vLLM": ("--temperature 0.001 --backend vllm", ["--temperature 0.001", "hf at any"]),
     "no room in the reference": ("--ref_model_name_or_path short --max_new_tokens 32", ["reference short"]),
     "two sources": ("--responses data.json", ["not allowed with argument"]),
     "different vocabularies": ("--ref_model_name_or_path other", ["different vocabularies"]),
