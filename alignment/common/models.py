@@ -120,8 +120,17 @@ def device_map(name: str, what: str, dtype: str, room: dict, trust_remote_code: 
     return dict(found)
 
 
-def load_reward_model(name: str, dtype: str, trust_remote_code: bool = False, needs_head: bool = True, **options):
+def load_reward_model(
+    name: str,
+    dtype: str,
+    trust_remote_code: bool = False,
+    needs_head: bool = True,
+    mean_pooling: bool = False,
+    **options,
+):
     """Return a sequence classifier in evaluation mode, from safetensors only; `options` change its configuration.
+
+    With `mean_pooling`, or where the configuration says so, see `average_over_tokens`.
 
     Raises:
         UserError: it cannot be loaded, or (with `needs_head`) its weights are not all there. transformers would fill
@@ -134,7 +143,29 @@ def load_reward_model(name: str, dtype: str, trust_remote_code: bool = False, ne
     config = load_config(name, "reward model", trust_remote_code, **options)
     options = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code, "config": config}
     kind = AutoModelForSequenceClassification
-    return _load_whole(kind, name, "reward model", needs_all=needs_head, **options).eval()
+    model = _load_whole(kind, name, "reward model", needs_all=needs_head, **options).eval()
+    if mean_pooling or getattr(config, "mean_pooling", False):
+        model.config.mean_pooling = True
+        average_over_tokens(model, name)
+    return model
+
+
+def average_over_tokens(model, name: str) -> None:
+    """Make a decoder's score that of the mean of all tokens' states, not of the last token's.
+
+    What a model with causal attention knows of a text that was cut short is badly seen from its last token. The head
+    is linear, so the mean may be taken behind it; texts are padded on the right, so that the running mean at a
+    text's last token, which the model picks, is the mean over the text.
+    """
+    import torch
+
+    def running_mean(head, inputs, scores: torch.Tensor) -> torch.Tensor:  # [B, T, labels]
+        counts = torch.arange(1, scores.shape[1] + 1, device=scores.device)
+        return (scores.float().cumsum(1) / counts[:, None]).to(scores.dtype)
+
+    if not isinstance(getattr(model, "score", None), torch.nn.Linear):
+        raise UserError(f"reward model {name}: its scores are not one per token, so they have no mean over tokens")
+    model.score.register_forward_hook(running_mean)
 
 
 def _load_whole(kind, name: str, what: str, needs_all: bool = True, **options):

@@ -5,8 +5,9 @@ Reads:   preference pairs {"prompt", "chosen", "rejected"}: JSONL, JSON, CSV or 
 Writes:  DIR, a sequence classifier with one label, its tokenizer, and metrics.json: settings, inputs and pair
          accuracy on held-out prompts. DIR appears when everything is finished.
 
-A pair is rendered by the tokenizer's chat template; where it has none, by a plain one (turns joined by a line break)
-that is saved with the model. So `get_rewards.py --reward_template chat` feeds the model what it was trained on.
+A pair is rendered by the tokenizer's chat template; where it has none, or with --plain_template, by a plain one
+(turns joined by a line break). It is saved with the model, so that `get_rewards.py --reward_template chat` feeds it
+what it was trained on. A model of --mean_pooling is read rightly by this project alone: others score its last token.
 
     python alignment/reward_model/train_reward_model.py --model_name_or_path ENCODER --train_file pairs.jsonl \\
         --output_dir reward_model --trainable_layers 2 --max_steps 100
@@ -49,6 +50,8 @@ def parser() -> Parser:
         "train only the last N layers and the head; without it all",
         type=positive_int,
     )
+    flags.add("--mean_pooling", "score the mean over all tokens, not the last one (decoders)", action="store_true")
+    flags.add("--plain_template", "the plain template in place of the tokenizer's", action="store_true")
     flags.add("--learning_rate", "peak of AdamW, falling to 0 linearly", type=positive, default=3e-4)
     flags.add("--batch_size", "pairs in one step on one device", type=positive_int, default=8)
     flags.add("--gradient_accumulation_steps", "steps joined in one update", type=positive_int, default=1)
@@ -104,7 +107,8 @@ def is_done(output_dir: str, settings: dict) -> bool:
 def prepare_tokenizer(args):
     """The model's tokenizer, with what annotation needs to build the same inputs: chat template and length."""
     tokenizer = load_tokenizer(args.model_name_or_path, "model")
-    tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
+    if args.plain_template or not tokenizer.chat_template:
+        tokenizer.chat_template = PLAIN_TEMPLATE
     readable = context_length(load_config(args.model_name_or_path, "model"), tokenizer)
     tokenizer.model_max_length = min(args.max_length, readable or args.max_length)
     if tokenizer.model_max_length < args.max_length:
@@ -134,8 +138,10 @@ def train(args, tokenizer, pairs: list[dict], folder: Path):
     from reward_model.bradley_terry import BradleyTerryTrainer, freeze_all_but_last, pair_tokens
 
     set_seed(args.seed)  # the new head is drawn when the model is loaded
-    kept = {"num_hidden_layers": layers_kept(args)} if args.first_layers else {}
-    model = load_reward_model(args.model_name_or_path, "float32", needs_head=False, num_labels=1, **kept)
+    changes = {"num_labels": 1, "mean_pooling": args.mean_pooling}
+    if args.first_layers:
+        changes["num_hidden_layers"] = layers_kept(args)
+    model = load_reward_model(args.model_name_or_path, "float32", needs_head=False, **changes)
     if args.trainable_layers:
         freeze_all_but_last(model, args.trainable_layers)
     shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed

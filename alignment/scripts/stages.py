@@ -418,19 +418,24 @@ def human_labels(s: Settings) -> Commands:
 
 
 def reward_models(s: Settings) -> Commands:
-    """The quickstart's reward model, and its judge, which learns what other people said of other prompts."""
-    return scorer(s, "reward_model", "reward_pairs.jsonl", seed=0) + scorer(s, "judge", "judge_pairs.jsonl", seed=1)
+    """The quickstart's reward model, and its judge: of another architecture, from what other people said of other
+    prompts. The judge is the first layers of the policy that nothing trained yet; responses that were cut short it
+    knows best by the mean of their tokens.
+    """
+    judge = {"first_layers": 16, "mean_pooling": switch(True), "plain_template": switch(True)}
+    return scorer(s, "reward_model", "encoder", "reward_pairs.jsonl", max_steps=60, seed=0) + scorer(
+        s, "judge", "policy", "judge_pairs.jsonl", max_steps=40, seed=1, **judge
+    )
 
 
-def scorer(s: Settings, name: str, pairs: str, seed: int) -> Commands:
-    """Return the command that trains a reward model from the encoder."""
+def scorer(s: Settings, name: str, base: str, pairs: str, **more) -> Commands:
+    """Return the command that trains a reward model, or what serves as one."""
     line = flags(
-        model_name_or_path=f"{s.ASSETS}/encoder",
+        model_name_or_path=f"{s.ASSETS}/{base}",
         train_file=f"{s.ASSETS}/{pairs}",
         output_dir=f"{s.ASSETS}/{name}",
         trainable_layers=2,
-        max_steps=60,
-        seed=seed,
+        **more,
     )
     return script(s, "rlhflow", "reward_model/train_reward_model.py", [line])
 

@@ -119,12 +119,13 @@ def train(monkeypatch, model, data, output, *more):
     run(train_reward_model.main)
 
 
-@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+@pytest.mark.parametrize("kind", ["encoder", "decoder", "mean of the decoder's tokens"])
 def test_learns_separable_pairs_and_says_so_of_new_prompts(tmp_path, monkeypatch, capsys, kind):
     model = tiny_encoder(tmp_path / "m") if kind == "encoder" else save_tiny_policy(tmp_path / "m", seed=1)
     data = separable_pairs(tmp_path / "pairs.jsonl")
-    output = tmp_path / "rm"
-    train(monkeypatch, model, data, output)
+    output, mean = tmp_path / "rm", kind.startswith("mean")
+    more = ["--mean_pooling", "--plain_template"] if mean else []
+    train(monkeypatch, model, data, output, *more)
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["eval_accuracy"] > 0.9 and metrics["eval_pairs"] == 32
     assert f"pair accuracy {metrics['eval_accuracy']:.3f}" in capsys.readouterr().out
@@ -139,18 +140,32 @@ def test_learns_separable_pairs_and_says_so_of_new_prompts(tmp_path, monkeypatch
         text = f"user: {prompt}\nassistant: {answer}\n" if kind == "decoder" else f"{prompt}\n{answer}"
         ids = torch.tensor([tokenizer(text)["input_ids"]])
         with torch.no_grad():
+            if mean:
+                return classifier.score(classifier.model(ids).last_hidden_state.mean(1)).item()
             return classifier(ids).logits.item()
 
     right = [score(p["prompt"], p["chosen"]) > score(p["prompt"], p["rejected"]) for p in held_out]
     assert metrics["eval_accuracy"] == pytest.approx(sum(right) / len(right), abs=1e-6)
 
+    scorer = RewardScorer(str(output))
+    texts = ["a", "user says b", "c" * 40]
+    alone = [scorer.forward([scorer.tokenizer(text)["input_ids"]])[0] for text in texts]
+    assert scorer.padding_is_safe and scorer.score(texts) == pytest.approx(alone, abs=1e-5)
+
     before = (output / "model.safetensors").read_bytes()
-    train(monkeypatch, model, data, output)
+    train(monkeypatch, model, data, output, *more)
     assert "already done" in capsys.readouterr().out
     with pytest.raises(SystemExit) as refused:
-        train(monkeypatch, model, data, output, "--seed", 5)
+        train(monkeypatch, model, data, output, *more, "--seed", 5)
     assert refused.value.code == 2 and "seed=0" in capsys.readouterr().err
     assert (output / "model.safetensors").read_bytes() == before
+
+
+def test_an_encoder_has_no_mean_over_tokens(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as refused:
+        data = separable_pairs(tmp_path / "pairs.jsonl")
+        train(monkeypatch, tiny_encoder(tmp_path / "m"), data, tmp_path / "rm", "--mean_pooling")
+    assert refused.value.code == 2 and "scores are not one per token" in capsys.readouterr().err
 
 
 def test_same_seed_same_model_other_seed_other_model(tmp_path, monkeypatch):
