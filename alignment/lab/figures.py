@@ -18,7 +18,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from lab.intervals import cross_fitted, paired
+from lab.intervals import cross_fitted, interval_text, paired
 from scipy import stats
 
 from bandit.palette import color_of, marker_of
@@ -71,11 +71,6 @@ def main() -> None:
     print(differences(study))
     for sampler, row in matched_kl(study, "main").items():
         print(f"{sampler}: reward minus online's at equal KL {interval_text(row[0], row[1], row[2])}")
-
-
-def interval_text(value: float, low: float, high: float) -> str:
-    """Return a difference with its interval as the docs write it, with a true minus."""
-    return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]".replace("-", "−")
 
 
 def differences(study: Path) -> str:

@@ -80,3 +80,8 @@ def compare(gaps: np.ndarray, names: list[str], lrs: list[float], baseline: str 
         lr = float(lrs[np.bincount(used).argmax()])
         result.append(Comparison(name, float(values.mean()), *row, float(adjusted.get(name, 1.0)), lr, edge))
     return result
+
+
+def interval_text(value: float, low: float, high: float) -> str:
+    """Return a difference with its interval as the docs write it, with a true minus."""
+    return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]".replace("-", "−")

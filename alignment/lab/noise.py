@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from lab.curvature import LEARNERS, SAMPLERS, figure_of, loss_hessian, root_of, tangent_kernel
 from lab.environment import Environment, Setting
-from lab.intervals import paired
+from lab.intervals import interval_text, paired
 from lab.sampling import lab_sampler
 
 from bandit.palette import color_of
@@ -113,8 +113,7 @@ def table(gaps: np.ndarray) -> str:
         for which, noise in enumerate(NOISE):
             cells = [f"{values[:, 0, which].mean():.3f}"]
             for x in range(1, len(SAMPLERS)):
-                mean, low, high = paired(values[:, x, which] - values[:, 0, which])[:3]
-                cells.append(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]")
+                cells.append(interval_text(*paired(values[:, x, which] - values[:, 0, which])[:3]))
             lines.append(f"| {learner} | {noise} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -20,7 +20,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]
 import numpy as np
 import torch
 from lab.environment import Setting, make_environment
-from lab.intervals import Comparison, compare
+from lab.intervals import Comparison, compare, interval_text
 from lab.sampling import LAB_ONLY, lab_sampler
 from lab.train import OPTIMIZERS, run_all
 
@@ -137,7 +137,7 @@ def markdown(rows: list[Comparison]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for r in rows:
-        interval = f"{r.difference:+.3f} [{r.low:+.3f}, {r.high:+.3f}]" if r.sampler != "online" else ""
+        interval = interval_text(r.difference, r.low, r.high) if r.sampler != "online" else ""
         p = f"{r.p_holm:.2g}" if interval else ""
         lines.append(f"| {r.sampler} | {r.gap:.3f} | {interval} | {p} | {r.lr:g} | {r.at_edge:.0%} |")
     return "\n".join(lines)
