@@ -30,12 +30,12 @@ AS_REFERENCE = dict.fromkeys(REFERENCE_SPEED, 1.0)
 # fast matrices are multiplied (Python importing, small matrices, memory), the others do.
 SECONDS = {
     "unpack": (20, 0, 0),
-    "reward_models": (40, 0, 0),
+    "reward_models": (15, 0, 65),
     "generate": (14, 0.0037, 0),
     "annotate": (4, 0, 0.011),
     "train": (12, 0.18, 0.11),
     "evaluate": (8, 0.0028, 0),
-    "annotate_evaluation": (4, 0, 0.02),
+    "annotate_evaluation": (8, 0, 0.046),
     "kl_responses": (6, 0, 0),
     "kl": (15, 0, 0.0103),
     "summarize": (3, 0, 0),
@@ -66,6 +66,7 @@ def units(s: Settings, stage: str) -> float:
     of_evaluation = s.SCORE_KL and s.kl_part == "test_prompts"
     answers = models * s.EVAL_K * (tests + s.EVAL_TRAIN_END - s.TRAIN_START)
     return {
+        "reward_models": 1,
         "generate": responses * s.MAX_NEW_TOKENS,
         "annotate": responses,
         "train": prompts * s.EPOCHS * len(rest[1:]),

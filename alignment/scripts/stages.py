@@ -460,11 +460,14 @@ def labels(stage: str, rest: Words, count: int) -> Words:
     return [" ".join((stage, *rest))] * count
 
 
-def at_once(s: Settings, commands: Commands) -> int:
-    """Return how many of a stage's commands run at the same time: those with GPUs of their own, else one, but
-    on a CPU SIDE_BY_SIDE."""
+def at_once(s: Settings, stage: str, commands: Commands) -> int:
+    """Return how many of a stage's commands run at the same time: those with GPUs of their own, else one.
+
+    On a CPU SIDE_BY_SIDE, which divide the cores; but a reward model and a judge, of which one is the larger, would
+    leave cores idle in the end: they come one after the other, on all cores.
+    """
     if s.GPUS == 0:
-        return s.SIDE_BY_SIDE
+        return 1 if stage in ("annotate_evaluation", "annotate_kl", "reward_models") else s.SIDE_BY_SIDE
     return sum(command[0] == "env" for command in commands) or 1
 
 
@@ -485,7 +488,7 @@ def main() -> None:
         return
     if len(commands) == 1:
         running.become(commands[0], s.GPUS)
-    if code := running.side_by_side(commands, s.GPUS, at_once(s, commands)):
+    if code := running.side_by_side(commands, s.GPUS, at_once(s, stage, commands)):
         raise SystemExit(code)
 
 
