@@ -30,7 +30,7 @@ AS_REFERENCE = dict.fromkeys(REFERENCE_SPEED, 1.0)
 # fast matrices are multiplied (Python importing, small matrices, memory), the others do.
 SECONDS = {
     "unpack": (20, 0, 0),
-    "reward_models": (15, 0, 65),
+    "reward_models": (20, 0, 92),
     "generate": (14, 0.0037, 0),
     "annotate": (4, 0, 0.011),
     "train": (12, 0.18, 0.11),
