@@ -481,9 +481,10 @@ def test_native_bfloat16_is_where_it_is_faster(flags, faster, monkeypatch):
 
 def test_how_many_commands_run_at_once():
     alone, with_gpus = ["python", "x.py"], ["env", "CUDA_VISIBLE_DEVICES=0", "python", "x.py"]
-    assert stages.at_once(Settings(GPUS=0, SIDE_BY_SIDE=2), [alone] * 4) == 2
-    assert stages.at_once(Settings(GPUS=8, SIDE_BY_SIDE=2), [alone] * 4) == 1  # each takes all GPUs
-    assert stages.at_once(Settings(GPUS=8), [with_gpus] * 4) == 4
+    assert stages.at_once(Settings(GPUS=0, SIDE_BY_SIDE=2), "train", [alone] * 4) == 2
+    assert stages.at_once(Settings(GPUS=0, SIDE_BY_SIDE=2), "annotate_evaluation", [alone] * 2) == 1
+    assert stages.at_once(Settings(GPUS=8, SIDE_BY_SIDE=2), "train", [alone] * 4) == 1  # each takes all GPUs
+    assert stages.at_once(Settings(GPUS=8), "evaluate", [with_gpus] * 4) == 4
 
 
 def test_side_by_side_divides_the_models_and_loses_none(tmp_path):

@@ -71,7 +71,9 @@ def test_what_waits_for_matrices_takes_twice_as_long_at_half_the_speed(tmp_path)
         assert progress.minutes(s, stages, 0)[1] == whole
 
 
-@pytest.mark.parametrize(("dtype", "kinds"), [("bfloat16", {"train"}), ("float32", {"reward_models", "annotate", "kl"})])
+@pytest.mark.parametrize(
+    ("dtype", "kinds"), [("bfloat16", {"train"}), ("float32", {"reward_models", "annotate", "kl"})]
+)
 def test_only_what_multiplies_in_a_type_gains_from_its_speed(dtype, kinds, tmp_path):
     s = resolve(["RECIPE=quickstart", f"RUN_DIR={tmp_path}", "BF16=True"])
     fast = {"float32": 1.0, "bfloat16": 1.0} | {dtype: 7.0}
