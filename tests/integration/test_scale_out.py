@@ -192,8 +192,10 @@ def rows_of(output: Path) -> list[bytes]:
 
 def answering(node) -> bool:
     """Whether an engine on this node of the cluster is at work, by the title that Ray gives its process."""
-    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-    return any(child.cmdline()[:1] == ["ray::MapWorker(Map(_Actor)).submit"] for child in raylet.children())
+    raylet = node.all_processes["raylet"][0].process.pid
+    working = ["ray::MapWorker(Map(_Actor)).submit"]
+    of_all = [process.info for process in psutil.process_iter(["ppid", "cmdline"])]
+    return any(info["ppid"] == raylet and (info["cmdline"] or [])[:1] == working for info in of_all)
 
 
 def test_a_node_is_killed_while_two_generate(cluster, place, whole, tmp_path):
