@@ -50,8 +50,10 @@ def parser() -> Parser:
         "train only the last N layers and the head; without it all",
         type=positive_int,
     )
-    flags.add("--mean_pooling", "score the mean over all tokens, not the last one (decoders)", action="store_true")
-    flags.add("--plain_template", "the plain template in place of the tokenizer's", action="store_true")
+    # None and not False where they are not given: models that were trained before these flags keep their settings.
+    switch = {"action": "store_true", "default": None}
+    flags.add("--mean_pooling", "score the mean over all tokens, not the last one (decoders)", **switch)
+    flags.add("--plain_template", "the plain template in place of the tokenizer's", **switch)
     flags.add("--learning_rate", "peak of AdamW, falling to 0 linearly", type=positive, default=3e-4)
     flags.add("--batch_size", "pairs in one step on one device", type=positive_int, default=8)
     flags.add("--gradient_accumulation_steps", "steps joined in one update", type=positive_int, default=1)
