@@ -57,7 +57,7 @@ def in_driver(file: str) -> list[str]:
 
 
 def units(s: Settings, stage: str) -> float:
-    """Return the size of a stage's work: tokens to sample, responses to score, pairs to train on."""
+    """Return the size of a stage's work: tokens to sample, responses to score, pairs; 1 where it never changes."""
     kind, *rest = stage.split()
     models = len(s.MODELS) + 1 if s.MODELS else 2 + (s.ITERS - 1) * len(s.SAMPLERS)
     prompts = s.TRAIN_END - s.TRAIN_START

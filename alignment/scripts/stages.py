@@ -418,9 +418,10 @@ def human_labels(s: Settings) -> Commands:
 
 
 def reward_models(s: Settings) -> Commands:
-    """The quickstart's reward model, and its judge: of another architecture, from what other people said of other
-    prompts. The judge is the first layers of the policy that nothing trained yet; responses that were cut short it
-    knows best by the mean of their tokens.
+    """The quickstart's reward model, and its judge, of another architecture and other people's labels.
+
+    The judge is made of the untrained policy's first layers; what it knows of responses that were cut short is best
+    seen in the mean of their tokens.
     """
     judge = {"first_layers": 16, "mean_pooling": switch(True), "plain_template": switch(True)}
     return scorer(s, "reward_model", "encoder", "reward_pairs.jsonl", max_steps=60, seed=0) + scorer(
@@ -429,7 +430,7 @@ def reward_models(s: Settings) -> Commands:
 
 
 def scorer(s: Settings, name: str, base: str, pairs: str, **more) -> Commands:
-    """Return the command that trains a reward model, or what serves as one."""
+    """Return the command that trains the reward model or the judge from a base model; `more` are further flags."""
     line = flags(
         model_name_or_path=f"{s.ASSETS}/{base}",
         train_file=f"{s.ASSETS}/{pairs}",

@@ -137,20 +137,25 @@ def test_learns_separable_pairs_and_says_so_of_new_prompts(tmp_path, monkeypatch
     tokenizer = tiny_tokenizer()
 
     def score(prompt, answer):
-        text = f"user: {prompt}\nassistant: {answer}\n" if kind == "decoder" else f"{prompt}\n{answer}"
-        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        ids = torch.tensor([tokenizer(text(prompt, answer))["input_ids"]])
         with torch.no_grad():
             if mean:
                 return classifier.score(classifier.model(ids).last_hidden_state.mean(1)).item()
             return classifier(ids).logits.item()
 
+    def text(prompt, answer):
+        return f"user: {prompt}\nassistant: {answer}\n" if kind == "decoder" else f"{prompt}\n{answer}"
+
     right = [score(p["prompt"], p["chosen"]) > score(p["prompt"], p["rejected"]) for p in held_out]
     assert metrics["eval_accuracy"] == pytest.approx(sum(right) / len(right), abs=1e-6)
 
+    # The scores themselves, of texts that need padding beside one another.
     scorer = RewardScorer(str(output))
-    texts = ["a", "user says b", "c" * 40]
-    alone = [scorer.forward([scorer.tokenizer(text)["input_ids"]])[0] for text in texts]
-    assert scorer.padding_is_safe and scorer.score(texts) == pytest.approx(alone, abs=1e-5)
+    several = [("a", "b"), ("user says", "b" * 20), ("c", "d" * 30)]
+    expected = [score(*words) for words in several]
+    assert scorer.padding_is_safe and scorer.score([text(*words) for words in several]) == pytest.approx(
+        expected, abs=1e-5
+    )
 
     before = (output / "model.safetensors").read_bytes()
     train(monkeypatch, model, data, output, *more)
