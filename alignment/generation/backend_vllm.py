@@ -72,11 +72,14 @@ class VLLMGenerator:
         models = [policy, second, *others]
         self.held = [i for i, name in enumerate(models) if name is not None]
         self.first, self.trust_remote_code = models[self.held[0]], trust_remote_code
+        self.traits = None  # the first model's, from the first exchange on
         on_gpu = default_device() == "cuda"
         if compile == "cudagraphs" and not on_gpu:
             raise UserError("--compile cudagraphs: needs a GPU")
         set_defaults(on_gpu, tensor_parallel_size)
-        LLM = _import_vllm()
+        from vllm import LLM
+
+        gc.freeze()  # vLLM collects garbage several times as an engine starts, and what it imports is none
         self.llm = LLM(
             **_options([models[i] for i in self.held], trust_remote_code),
             dtype=dtype,
@@ -115,13 +118,14 @@ class VLLMGenerator:
             UserError: the model has another shape, other weights' names, or another tokenizer.
         """
         policy = whole_model(policy, "policy", self.trust_remote_code)
-        for what, of in (("shape", _shape), ("set of weights", _weights), ("tokenizer", _fingerprint)):
-            if of(policy, self.trust_remote_code) != of(self.first, self.trust_remote_code):
-                raise UserError(f"{policy}: has another {what} than {self.first}, so it needs an engine of its own")
+        held = self.traits or _traits(self.first, self.trust_remote_code)
+        traits = _traits(policy, self.trust_remote_code)
+        if other := [what for what in traits if traits[what] != held[what]]:
+            raise UserError(f"{policy}: has another {other[0]} than {self.first}, so it needs an engine of its own")
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": policy})
         if not self.llm.reset_prefix_cache():
             raise UserError(f"{self.first}: its cache is in use, so {policy} needs an engine of its own")
-        self.first = policy
+        self.first, self.traits = policy, traits
 
     def close(self) -> None:
         """Ends the engine and gives its memory back."""
@@ -179,19 +183,18 @@ def _options(models: list[str], trust_remote_code: bool) -> dict:
         raise UserError(str(error)) from None
 
 
-def _shape(name: str, trust_remote_code: bool) -> dict:
-    """All that a model's configuration says of its weights and of what is done with them."""
+def _traits(name: str, trust_remote_code: bool) -> dict[str, object]:
+    """What a model must have in common with one that takes its place in an engine.
+
+    Shape: all that its configuration says of its weights and of what is done with them. Set of weights: name and
+    shape of each, since vLLM would keep the old value of one that the new model does not have.
+    """
     config = load_config(name, "model", trust_remote_code).to_diff_dict()
-    return {key: value for key, value in config.items() if key not in ("transformers_version", "dtype", "use_cache")}
-
-
-def _weights(name: str, trust_remote_code: bool) -> dict:
-    """Name and shape of each weight: vLLM would keep the old value of one that the new model does not have."""
-    return {key: entry["shape"] for key, entry in stored_weights(name).items()}
-
-
-def _fingerprint(name: str, trust_remote_code: bool) -> str:
-    return tokenizer_fingerprint(load_tokenizer(name, "model", trust_remote_code))
+    return {
+        "shape": {k: v for k, v in config.items() if k not in ("transformers_version", "dtype", "use_cache")},
+        "set of weights": {key: entry["shape"] for key, entry in stored_weights(name).items()},
+        "tokenizer": tokenizer_fingerprint(load_tokenizer(name, "model", trust_remote_code)),
+    }
 
 
 def _weighed(request: Request) -> tuple[bool, ...]:
@@ -220,17 +223,3 @@ def _as_response(output, sampling: Sampling) -> Response:
     ids = list(answer.token_ids)
     ended = bool(ids) and ids[-1] in sampling.stop_token_ids
     return Response(output.request_id, ids, "stop" if ended else "length")
-
-
-def _import_vllm():
-    """vLLM's class `LLM`, imported without the garbage collector: imports make a million objects and no garbage.
-
-    Frozen, they are not looked at when vLLM collects, which it does several times as an engine starts.
-    """
-    gc.disable()
-    try:
-        from vllm import LLM
-    finally:
-        gc.enable()
-    gc.freeze()
-    return LLM

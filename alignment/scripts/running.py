@@ -36,7 +36,11 @@ def environment(command: list[str], gpus: int) -> dict[str, str]:
     path = os.pathsep.join((os.path.dirname(interpreter), os.environ.get("PATH", os.defpath)))
     # The warnings are of libraries, about one another.
     found = {"PYTHONWARNINGS": "ignore::FutureWarning"} | os.environ | {"PATH": path}
-    return found | ({} if gpus else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""})
+    if gpus:
+        return found
+    # Large pages: the kernel clears memory faster, which is a twentieth of sampling and training a small model.
+    large_pages = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    return large_pages | found | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def become(command: list[str], gpus: int) -> None:

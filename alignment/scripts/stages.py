@@ -7,7 +7,6 @@ unless DRY_RUN is set, becomes that command. A stage ends at once where its outp
 was interrupted. A script that is given several command lines (FLAGS --then FLAGS) loads its libraries once for all.
 """
 
-import itertools
 import json
 import os
 import shlex
@@ -64,9 +63,8 @@ def spread(s: Settings, environment: str, path: str, lines: list[Words]) -> Comm
     count = min(len(lines), len(gpus) // size if s.GPUS else s.SIDE_BY_SIDE)
     if count < 2:
         return script(s, environment, path, lines)
-    # Neighbours stay together: samplers of one model, and those of two, often share an engine.
-    bounds = [i * len(lines) // count for i in range(count + 1)]
-    parts = [script(s, environment, path, lines[a:b])[0] for a, b in itertools.pairwise(bounds)]
+    # Dealt out in turn, so that the longest, samplers of two models, are not all in the last part.
+    parts = [script(s, environment, path, lines[i::count])[0] for i in range(count)]
     if s.GPUS == 0:
         return parts
     own = [",".join(gpus[i * size : (i + 1) * size]) for i in range(count)]
