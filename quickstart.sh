@@ -11,6 +11,12 @@ export HF_HUB_OFFLINE=1  # all that it reads is in packages
 if [[ ! " $* " =~ " DRY_RUN="(1|[Tt]rue|[Yy]es)" " ]]; then
     bash setup.sh cpu
     .venv/bin/python alignment/scripts/progress.py "$@"  # says how long it will take here
+    # One Python imports the libraries for all stages; it ends with this script, which holds its standard input.
+    FOLDER=$(mktemp -d /tmp/quickstart.XXXXXX)
+    trap 'rm -r "$FOLDER"' EXIT
+    export LOADED_PYTHON=$FOLDER/socket
+    # shellcheck disable=SC2034  # it is only held open
+    exec {LOADED}> >(exec .venv/bin/python alignment/scripts/running.py "$LOADED_PYTHON")
 fi
 # The drivers hold the loop of the paper's 7B experiments; the recipe `quickstart` makes it one of a 135M model.
 bash alignment/scripts/quickstart_assets.sh "$@"

@@ -32,14 +32,16 @@ SECONDS = {
     "unpack": (20, 0, 0),
     "reward_models": (20, 0, 92),
     "generate": (14, 0.0037, 0),
-    "annotate": (4, 0, 0.011),
+    "annotate": (4, 0, 0.006),
     "train": (12, 0.18, 0.11),
     "evaluate": (8, 0.0028, 0),
-    "annotate_evaluation": (8, 0, 0.046),
+    "annotate_evaluation": (8, 0, 0.025),
     "kl_responses": (6, 0, 0),
     "kl": (15, 0, 0.0103),
     "summarize": (3, 0, 0),
 }
+# Stages whose last number is that in bfloat16 → the setting that says whether it is.
+IN_BFLOAT16 = {"train": "BF16", "annotate": "REWARD_DTYPE", "annotate_evaluation": "REWARD_DTYPE"}
 
 
 def plan(s: Settings) -> list[str]:
@@ -79,9 +81,9 @@ def units(s: Settings, stage: str) -> float:
 def expected(s: Settings, stage: str, speed: dict[str, float] = AS_REFERENCE) -> float:
     """Return the seconds that a stage takes on a machine of this `speed` (see `machine_speed`)."""
     to_start, other, matrices = SECONDS.get(stage.split()[0], (0, 0, 0))
-    dtype = "float32"
-    if stage.startswith("train "):  # its seconds are those in bfloat16
-        dtype = "bfloat16" if s.BF16 == "True" else "float32"
+    kind, dtype = stage.split()[0], "float32"
+    if kind in IN_BFLOAT16:
+        dtype = "bfloat16" if getattr(s, IN_BFLOAT16[kind]) in ("True", "bfloat16") else "float32"
         matrices *= REFERENCE_SPEED["bfloat16"] / REFERENCE_SPEED[dtype]
     return to_start + units(s, stage) * (other + matrices / speed[dtype])
 

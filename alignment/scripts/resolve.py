@@ -111,8 +111,9 @@ def resolve(words: list[str]) -> Settings:
     s.EVAL_TRAIN_END = min(s.EVAL_TRAIN_END or s.TRAIN_END, s.TRAIN_END)
     s.KL_TEMPERATURE = s.TEMPERATURE if s.KL_TEMPERATURE is None else s.KL_TEMPERATURE
     s.GPUS = machine.gpus(s.NEEDS_GPU, s.DRY_RUN) if s.GPUS is None else s.GPUS
-    if s.BF16 == "native":
-        s.BF16 = "True" if machine.multiplies_bfloat16() else None
+    for name, value in {"BF16": "True", "REWARD_DTYPE": "bfloat16"}.items():
+        if getattr(s, name) == "native":
+            setattr(s, name, value if machine.multiplies_bfloat16() else None)
     return s
 
 

@@ -1,13 +1,22 @@
-"""Starting a stage's commands, and keeping a run's settings in its folder."""
+"""Starting a stage's commands, and keeping a run's settings in its folder.
 
+python alignment/scripts/running.py SOCKET      becomes loaded.py, in the environment that a stage's commands have
+"""
+
+import contextlib
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.cli import UserError
 from scripts.settings import Settings, show
 
 
@@ -43,6 +52,68 @@ def environment(command: list[str], gpus: int) -> dict[str, str]:
     return large_pages | found | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 
+class Fork:
+    """A script that runs in a fork of a Python with the libraries loaded (loaded.py); used as a `Popen`.
+
+    Args:
+        path: the socket at which that Python listens, from soon on.
+        command: the script and its arguments.
+        folder: to work in.
+        files: its standard input, output and error; those of this process.
+
+    Raises:
+        UserError: nothing answers.
+    """
+
+    def __init__(
+        self, path: str, command: list[str], environment: dict[str, str], folder: str = ".", files=(0, 1, 2)
+    ) -> None:
+        self.connection, self.returncode, began = socket.socket(socket.AF_UNIX), None, time.monotonic()
+        while self.connection.connect_ex(path) and time.monotonic() - began < 30:
+            time.sleep(0.1)
+        job = {"command": command, "environment": environment, "folder": os.path.abspath(folder)}
+        try:
+            socket.send_fds(self.connection, [b"."], files)
+            self.connection.sendall(json.dumps(job).encode() + b"\n")
+            self.pid = self._number()
+        except OSError as error:
+            raise UserError(f"LOADED_PYTHON {path}: nothing answers there ({error})") from None
+
+    def poll(self) -> int | None:
+        """Return the exit code, or None while it runs."""
+        with contextlib.suppress(BlockingIOError):
+            self.returncode = self.wait(socket.MSG_DONTWAIT)
+        return self.returncode
+
+    def wait(self, *how: int) -> int:
+        """Return the exit code, when it has ended."""
+        if self.returncode is None:
+            try:
+                self.returncode = self._number(*how)
+            except ConnectionError:  # who would tell was killed
+                self.returncode = -signal.SIGKILL
+        return self.returncode
+
+    def terminate(self) -> None:
+        """Send it SIGTERM."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGTERM)
+
+    def _number(self, *how: int) -> int:
+        sent = self.connection.recv(4, *how)
+        if not sent:
+            raise ConnectionError("it has ended")
+        return int.from_bytes(sent, "little", signed=True)
+
+
+def start(command: list[str], variables: dict[str, str]) -> subprocess.Popen | Fork:
+    """Start a command: a script in a fork of the Python at LOADED_PYTHON, where there is one."""
+    path = variables.get("LOADED_PYTHON")
+    if path and command[0].endswith("/python") and command[1].endswith(".py"):
+        return Fork(path, command[1:], variables)
+    return subprocess.Popen(command, env=variables)
+
+
 def become(command: list[str], gpus: int) -> None:
     """Replace this process by the command, so that the driver's signals reach it."""
     sys.stdout.flush()
@@ -66,7 +137,7 @@ def side_by_side(commands: list[list[str]], gpus: int, at_once: int) -> int:
             row = min(set(range(at_once)) - set(running.values()))
             command = waiting.pop(0)
             variables = environment(command, gpus) | of_its_share(gpus, min(at_once, len(commands)), row)
-            running[subprocess.Popen(command, env=variables)] = row
+            running[start(command, variables)] = row
             continue
         time.sleep(0.2)
         for process in [p for p in running if p.poll() is not None]:
@@ -83,3 +154,7 @@ def of_its_share(gpus: int, at_once: int, row: int) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0))
     threads = {} if gpus or "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, cores // at_once))}
     return {"TQDM_POSITION": str(row)} | threads if at_once > 1 else {}
+
+
+if __name__ == "__main__":  # running.py SOCKET
+    become([sys.executable, str(Path(__file__).with_name("loaded.py")), sys.argv[1]], gpus=0)

@@ -223,7 +223,11 @@ class Settings:
     REWARD_TEMPLATE: str = setting("none", one_of("none", "chat"), "none: prompt + response as plain text")
     REWARD_COLUMN: int = setting(None, NATURAL, "the reward among a model's labels, where it has several")
     REWARD_MAX_LENGTH: int = setting(None, COUNT, "kept of a text; not set: what the model allows", "tokens")
-    REWARD_DTYPE: str = setting(None, DTYPE, "not set: bfloat16 on a GPU for weights of 16 bits, else float32")
+    REWARD_DTYPE: str = setting(
+        None,
+        one_of("float32", "bfloat16", "native"),
+        "native: bfloat16 on a CPU that multiplies it faster; else, and not set: on a GPU for weights of 16 bits",
+    )
     TOKEN_BUDGET: int = setting(None, COUNT, "most in a batch; not set: 16384 on a GPU, else 2048", "tokens")
     REWARD_FUNCTION: str = setting(None, PATH, "FILE.py:NAME, a Python function instead of REWARD_MODEL")
     JUDGE_MODEL: str = setting(None, PATH, "a second reward model, which training never sees")

@@ -5,7 +5,7 @@ import json
 import statistics
 
 import pytest
-from commands import bash, settings
+from commands import FORKS, bash, settings
 from driver_runs import EVALUATE, KL, inputs, save_inputs
 from tiny import save_tiny_policy
 
@@ -21,10 +21,11 @@ def test_a_checkpoint_is_evaluated_without_training(temperature, part, tmp_path)
     given = inputs(tmp_path) | {"RUN_DIR": run_dir, "MODELS": f"theirs={theirs}", "SCORE_KL": True, "BACKEND": "hf"}
     given |= {"EVAL_TEMPERATURE": 1.0, "KL_TEMPERATURE": temperature}
     for driver in (KL, EVALUATE):
-        result = bash(f"alignment/{driver}", *settings(**given))
+        result = bash(f"alignment/{driver}", *settings(**given), LOADED_PYTHON=FORKS.started())
         assert result.returncode == 0, f"{driver}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
     assert not (run_dir / "models").exists()
-    result = bash(f"alignment/{KL}", *settings(**given | {"MAX_NEW_TOKENS": 5}))  # not those of the files
+    other = given | {"MAX_NEW_TOKENS": 5}  # not those of the files
+    result = bash(f"alignment/{KL}", *settings(**other), LOADED_PYTHON=FORKS.started())
     assert result.returncode == 2 and "max_new_tokens=8, now max_new_tokens=5" in result.stderr, result.stderr
     rows = {row["sampler"]: row for row in csv.DictReader((run_dir / "results/summary.csv").open())}
     assert list(rows) == ["base", "theirs"]

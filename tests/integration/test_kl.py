@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -340,7 +339,7 @@ def test_vllm_samples_the_same_policy(tmp_path):
         backend="vllm",
         batch_size=50,
     )
-    done = subprocess.run([sys.executable, get_kl.__file__, *words], capture_output=True, text=True)
+    done = python(get_kl.__file__, *words)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "kl.json").read_text())
     assert abs(result["kl"] - truth) < 4 * result["stderr"] < truth

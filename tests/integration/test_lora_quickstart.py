@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -64,9 +63,9 @@ def test_vllm_on_the_merged_model_is_base_and_adapter(assets, tmp_path):
     prompts = [encode_prompt(tokenizer, i["prompt"]) for i in read_records(tmp_path / "gen.json")[0]]
     stop = stop_token_ids(tokenizer, str(policy))
     (tmp_path / "ask.json").write_text(json.dumps([prompts, stop]))
-    command = [sys.executable, __file__, tmp_path / "out", tmp_path / "ask.json", tmp_path / "report.json"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run(list(map(str, command)), check=True, env=environment)
+    words = [tmp_path / "out", tmp_path / "ask.json", tmp_path / "report.json"]
+    done = python(__file__, *words, PYTHONPATH=os.pathsep.join(sys.path))
+    assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "report.json").read_text())
     base = load_causal_lm(str(policy), "policy", "float32").eval()
     before = [log_probability(base, prompt, ids) for prompt, (ids, _) in zip(prompts, found, strict=True)]

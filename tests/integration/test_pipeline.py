@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import yaml
-from commands import bash, settings
+from commands import FORKS, bash, settings
 from driver_runs import EVALUATE, KL, TRAIN, inputs, save_inputs
 from safetensors.torch import load_file
 
@@ -32,7 +32,7 @@ def given(place):
 @pytest.fixture(scope="module")
 def run(place, given):
     for driver in (TRAIN, KL, EVALUATE):
-        result = bash(f"alignment/{driver}", *settings(**given))
+        result = bash(f"alignment/{driver}", *settings(**given), LOADED_PYTHON=FORKS.started())
         assert result.returncode == 0, f"{driver}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
     return place / "run"
 
@@ -106,7 +106,7 @@ def test_nothing_unfinished_is_left(run):
 
 def test_a_second_run_does_no_work(run, given):
     files = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.suffix in (".json", ".safetensors")}
-    result = bash(f"alignment/{TRAIN}", *settings(**given))
+    result = bash(f"alignment/{TRAIN}", *settings(**given), LOADED_PYTHON=FORKS.started())
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("already") == 9
     assert {p: p.stat().st_mtime_ns for p in files} == files

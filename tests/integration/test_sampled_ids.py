@@ -8,7 +8,6 @@ encodes to (unknown ones), and ends responses with a second stop token, which ge
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -56,9 +55,8 @@ def sampled(request, policy, tmp_path_factory):
     )
     assert result.returncode == 0, result.stderr
     report = folder / "report.json"
-    command = [sys.executable, __file__, backend, name, folder / "data.json", report]
-    path = os.pathsep.join(sys.path)
-    subprocess.run(list(map(str, command)), check=True, env={**os.environ, "PYTHONPATH": path})
+    report_of = python(__file__, backend, name, folder / "data.json", report, PYTHONPATH=os.pathsep.join(sys.path))
+    assert report_of.returncode == 0, report_of.stderr
     return name, folder / "data.json", json.loads(report.read_text())
 
 

@@ -3,16 +3,61 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+from scripts.running import Fork
 
 PROJECT = Path(__file__).resolve().parents[2]
 ALIGNMENT = PROJECT / "alignment"
 
 
-def python(script: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
-    """Runs `alignment/<script>` with this interpreter; standard output and error are captured as text."""
-    command = [sys.executable, str(ALIGNMENT / script), *map(str, arguments)]
-    return run(command, **environment)
+class Forks:
+    """Starts scripts in forks of a Python that has the libraries loaded (scripts/loaded.py)."""
+
+    # What a fork may find set otherwise: the libraries have read the other variables when they were imported. The
+    # last two they set themselves, in the process of the tests.
+    MAY_DIFFER = ("CI", "PYTHON", "PYTEST_", "RAY_", "VLLM_LOGGING_LEVEL", "ACCELERATE_", "PYTORCH_NVML_")
+
+    def __init__(self) -> None:
+        self.server, self.began_with, self.socket = None, {}, tempfile.mkdtemp(dir="/tmp") + "/socket"
+
+    def started(self) -> str:
+        """Start that Python, once; return its socket."""
+        if self.server is None:
+            self.began_with = dict(os.environ)
+            words = [sys.executable, ALIGNMENT / "scripts/loaded.py", self.socket]
+            self.server = subprocess.Popen(words, stdin=subprocess.PIPE)
+        return self.socket
+
+    def run(self, command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess | None:
+        """Return what the script did; None where it needs a Python of its own."""
+        self.started()
+        environment = dict(os.environ) | environment
+        differ = {name for name, _ in environment.items() ^ self.began_with.items()}
+        return self.start(command, environment) if all(n.startswith(self.MAY_DIFFER) for n in differ) else None
+
+    def start(self, command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess:
+        """Return what the script did."""
+        with (
+            tempfile.TemporaryFile("w+") as output,
+            tempfile.TemporaryFile("w+") as errors,
+            open(os.devnull) as nothing,
+        ):
+            files = [file.fileno() for file in (nothing, output, errors)]
+            code = Fork(self.started(), command, environment, "/", files).wait()
+            output.seek(0)
+            errors.seek(0)
+            return subprocess.CompletedProcess(command, code, output.read(), errors.read())
+
+
+FORKS = Forks()
+
+
+def python(script: str | Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    """Runs `alignment/<script>`, or any file, with this interpreter; its output and errors are captured as text."""
+    command = [str(ALIGNMENT / script), *map(str, arguments)]
+    return FORKS.run(command, environment) or run([sys.executable, *command], **environment)
 
 
 def bash(script: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:

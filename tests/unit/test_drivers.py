@@ -475,8 +475,9 @@ def test_settings_reach_their_flags():
 )
 def test_native_bfloat16_is_where_it_is_faster(flags, faster, monkeypatch):
     monkeypatch.setattr(machine, "cpu_field", {"flags": flags}.get)
-    found = resolve(["RECIPE=quickstart"]).BF16
-    assert found == ("True" if faster else None)
+    s = resolve(["RECIPE=quickstart"])
+    for found, where_faster in ((s.BF16, "True"), (s.REWARD_DTYPE, "bfloat16")):
+        assert found == (where_faster if faster else None)
 
 
 def test_how_many_commands_run_at_once():

@@ -43,7 +43,16 @@ def test_the_plan_is_what_the_drivers_run(given, tmp_path):
 
 
 def test_minutes_and_place_through_a_run(tmp_path):
-    s = resolve(["RECIPE=quickstart", "SAMPLERS=online mixp", "ITERS=2", f"RUN_DIR={tmp_path}", "BF16=True"])
+    s = resolve(
+        [
+            "RECIPE=quickstart",
+            "SAMPLERS=online mixp",
+            "ITERS=2",
+            f"RUN_DIR={tmp_path}",
+            "BF16=True",
+            "REWARD_DTYPE=bfloat16",
+        ]
+    )
     stages = progress.plan(s)
     assert progress.line(s, "compare_seeds") is None  # belongs to no single run
     places, expected = [], round(sum(progress.expected(s, stage) for stage in stages) / 60)
@@ -60,7 +69,7 @@ def test_minutes_and_place_through_a_run(tmp_path):
 
 
 def test_what_waits_for_matrices_takes_twice_as_long_at_half_the_speed(tmp_path):
-    s = resolve(["RECIPE=quickstart", f"RUN_DIR={tmp_path}", "BF16=True"])
+    s = resolve(["RECIPE=quickstart", f"RUN_DIR={tmp_path}", "BF16=True", "REWARD_DTYPE=bfloat16"])
     stages = progress.plan(s)
     matrices = sum(progress.units(s, stage) * progress.SECONDS.get(stage.split()[0], [0])[-1] for stage in stages)
     _, whole = progress.minutes(s, stages, 0)
@@ -72,10 +81,10 @@ def test_what_waits_for_matrices_takes_twice_as_long_at_half_the_speed(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "kinds"), [("bfloat16", {"train"}), ("float32", {"reward_models", "annotate", "kl"})]
+    ("dtype", "kinds"), [("bfloat16", {"train", "annotate"}), ("float32", {"reward_models", "kl"})]
 )
 def test_only_what_multiplies_in_a_type_gains_from_its_speed(dtype, kinds, tmp_path):
-    s = resolve(["RECIPE=quickstart", f"RUN_DIR={tmp_path}", "BF16=True"])
+    s = resolve(["RECIPE=quickstart", f"RUN_DIR={tmp_path}", "BF16=True", "REWARD_DTYPE=bfloat16"])
     fast = {"float32": 1.0, "bfloat16": 1.0} | {dtype: 7.0}
     gains = {n for n in progress.plan(s) if progress.expected(s, n, fast) < progress.expected(s, n)}
     assert {stage.split()[0] for stage in gains} - {"annotate_evaluation"} == kinds

@@ -1,0 +1,99 @@
+"""scripts/loaded.py: a script in a fork of a loaded Python is what it is in a Python of its own, and stops so."""
+
+import json
+import os
+import signal
+import sys
+import time
+
+import pytest
+from commands import ALIGNMENT, FORKS, run
+from driver_runs import SLOW, TRAIN, inputs, journal_rows, save_inputs, start, wait_until
+
+SEES = """
+import gc, json, os, signal, sys, threading
+sys.path.append({alignment!r})
+import common.cli, torch
+from tqdm import tqdm
+handlers = [str(signal.getsignal(n)).split(" at ")[0] for n in (2, 15, signal.SIGCHLD, signal.SIGPIPE)]
+blocked = sorted(signal.pthread_sigmask(signal.SIG_BLOCK, []))
+print(json.dumps([
+    sys.argv, sys.path[0], os.getcwd(), __name__, __file__, dict(os.environ), handlers, blocked, sys.stdin.read(),
+    torch.get_num_threads(), tqdm(disable=False, file=open(os.devnull, "w")).pos, gc.get_threshold(),
+    threading.active_count(), sorted(os.listdir("/proc/self/fd"))[:3],
+]))
+"""
+
+
+def fork(command, **variables):
+    """What a script does in a fork, whatever is in the environment."""
+    return FORKS.start([str(word) for word in command], dict(os.environ) | variables)
+
+
+@pytest.mark.parametrize("variables", [{}, {"OMP_NUM_THREADS": "2", "TQDM_POSITION": "1", "NEW": "x"}])
+def test_a_fork_sees_what_a_python_of_its_own_sees(tmp_path, variables):
+    (tmp_path / "sees.py").write_text(SEES.format(alignment=str(ALIGNMENT)))
+    words = [tmp_path / "sees.py", "a word", "--flag"]
+    alone = run([sys.executable, *map(str, words)], **variables)
+    forked = fork(words, **variables)
+    assert (forked.returncode, forked.stderr) == (0, "")
+    assert json.loads(forked.stdout) == json.loads(alone.stdout)
+
+
+@pytest.mark.parametrize(
+    "ending",
+    [
+        "print('done')",
+        "raise SystemExit(3)",
+        "raise SystemExit('a text')",
+        "1 / 0",
+        "import os; os.kill(os.getpid(), 9)",
+        "import atexit; atexit.register(print, 'at the end')",
+        "import threading, time; threading.Thread(target=lambda: (time.sleep(0.5), print('waited for'))).start()",
+        "import sys; sys.path.append({alignment!r}); from common.cli import fail; fail('a wrong input')",
+    ],
+)
+def test_it_ends_as_one(tmp_path, ending):
+    (tmp_path / "ends.py").write_text(ending.format(alignment=str(ALIGNMENT)))
+    alone, forked = run([sys.executable, str(tmp_path / "ends.py")]), fork([tmp_path / "ends.py"])
+    assert (forked.returncode, forked.stdout) == (alone.returncode, alone.stdout)
+    assert forked.stderr.splitlines()[-1:] == alone.stderr.splitlines()[-1:]  # a stack trace has two frames more
+
+
+def test_it_samples_the_same(tmp_path):
+    """vLLM's engine in a fork and in a Python of its own."""
+    save_inputs(tmp_path)
+    words = [
+        ALIGNMENT / "generation/generate.py",
+        "--model_name_or_path",
+        tmp_path / "policy",
+        "--ref_model_name_or_path",
+    ]
+    words += [tmp_path / "policy", "--dataset_name_or_path", tmp_path / "prompts.json", "--sampler", "mixp"]
+    words += ["--max_new_tokens", "16", "--temperature", "1", "--output_file"]
+    alone = run([sys.executable, *map(str, words), str(tmp_path / "alone.json")])
+    forked = fork([*words, tmp_path / "forked.json"])
+    assert (alone.returncode, forked.returncode) == (0, 0), alone.stderr + forked.stderr
+    assert (tmp_path / "alone.json").read_bytes() == (tmp_path / "forked.json").read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_quickstart_is_stopped_with_all_that_it_started(assets, tmp_path, number):
+    """A signal to the group, as from a terminal: one line, nothing is left running, what was sampled is kept."""
+    save_inputs(tmp_path)
+    given = inputs(tmp_path) | SLOW | {"RUN_DIR": tmp_path / "run", "ASSETS": assets}
+    del given["RECIPE"]
+    process = start("../quickstart.sh", given, tmp_path / "log")
+    name = "gen_data_iter1_online.json.journal"
+    came = wait_until(lambda: len(journal_rows(tmp_path).get(name, ())) >= 2, process)
+    assert came, (tmp_path / "log").read_text()
+    os.killpg(process.pid, number)
+    assert process.wait(timeout=60) in (130, -number)
+    end = time.monotonic() + 30
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < end:
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+    text = (tmp_path / "log").read_text(errors="replace")
+    assert f"{TRAIN}: stopped; the same command continues from here" in text and "Traceback" not in text, text
+    assert len(journal_rows(tmp_path)[name]) >= 2
