@@ -2,8 +2,9 @@
 
     python alignment/scripts/loaded.py SOCKET
 
-On a CPU a start of Python with torch, transformers and vLLM takes 4 to 10 seconds, once for every command of a run. A
-fork is otherwise a process like any other: arguments, environment, output, signals, exit code, how it ends.
+On a CPU a start of Python with torch, transformers and vLLM takes 4 to 10 seconds, and its end a second or two more,
+for every command of a run. A fork is otherwise a process like any other: arguments, environment, output, signals,
+exit code. quickstart.sh starts one; a driver uses it where the variable LOADED_PYTHON names its socket.
 
 Reads   from each connection to SOCKET the script's standard input, output and error (open files; their byte is no
         matter), then a line of JSON: {"command": [script, argument, ...], "environment": {...}, "folder": ...}.

@@ -20,15 +20,16 @@ class Forks:
     MAY_DIFFER = ("CI", "PYTHON", "PYTEST_", "RAY_", "VLLM_LOGGING_LEVEL", "ACCELERATE_", "PYTORCH_NVML_")
 
     def __init__(self) -> None:
-        self.server, self.began_with, self.socket = None, {}, tempfile.mkdtemp(dir="/tmp") + "/socket"
+        self.server, self.began_with, self.folder = None, {}, None
 
     def started(self) -> str:
         """Start that Python, once; return its socket."""
         if self.server is None:
             self.began_with = dict(os.environ)
-            words = [sys.executable, ALIGNMENT / "scripts/loaded.py", self.socket]
+            self.folder = tempfile.TemporaryDirectory(dir="/tmp")  # a socket's path is short
+            words = [sys.executable, ALIGNMENT / "scripts/loaded.py", f"{self.folder.name}/socket"]
             self.server = subprocess.Popen(words, stdin=subprocess.PIPE)
-        return self.socket
+        return f"{self.folder.name}/socket"
 
     def run(self, command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess | None:
         """Return what the script did; None where it needs a Python of its own."""
