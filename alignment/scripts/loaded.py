@@ -4,13 +4,14 @@
 
 On a CPU a start of Python with torch, transformers and vLLM takes 4 to 10 seconds, and its end a second or two more,
 for every command of a run. A fork is otherwise a process like any other: arguments, environment, output, signals,
-exit code. quickstart.sh starts one; a driver uses it where the variable LOADED_PYTHON names its socket.
+exit code. quickstart.sh starts one; a driver uses it where the variable LOADED_PYTHON names its socket. All belong to
+one process group, to which a terminal's Ctrl-C goes.
 
 Reads   from each connection to SOCKET the script's standard input, output and error (open files; their byte is no
         matter), then a line of JSON: {"command": [script, argument, ...], "environment": {...}, "folder": ...}.
 Writes  to it the process id, and when the script has ended its exit code: 4 bytes each.
 
-Ends with its standard input, so with whoever holds the other end; scripts that run go on.
+Ends with its standard input, so with whoever holds the other end. A script is stopped when who asked for it ends.
 """
 
 import atexit
@@ -42,19 +43,21 @@ OF_SCRIPTS = (signal.SIGINT, signal.SIGTERM)  # the terminal sends them to all; 
 
 def serve(path: str) -> list[str]:
     """Start scripts until standard input ends; in a fork, return the script and its arguments."""
-    with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(path)
-        listening.listen()
-        for name in LIBRARIES:
-            importlib.import_module(name)
-        gc.freeze()
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks for forks that have ended
-        signal.pthread_sigmask(signal.SIG_BLOCK, OF_SCRIPTS)  # a fork gets one that comes too early when it is ready
-        while sys.stdin not in select.select([sys.stdin, listening], [], [])[0]:
-            connection, _ = listening.accept()
-            if os.fork() == 0:
-                return answer(connection)
-            connection.close()
+    signal.pthread_sigmask(signal.SIG_BLOCK, OF_SCRIPTS)
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(path)
+    listening.listen()
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    gc.freeze()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks for forks that have ended
+    sys.stdout.flush()
+    while sys.stdin not in select.select([sys.stdin, listening], [], [])[0]:
+        connection, _ = listening.accept()
+        if os.fork() == 0:
+            listening.close()
+            return answer(connection)
+        connection.close()
     os._exit(0)
 
 
@@ -64,9 +67,12 @@ def answer(connection: socket.socket) -> list[str]:
     job = json.loads(connection.makefile().readline())
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if process := os.fork():
-        with contextlib.suppress(BrokenPipeError):  # who asked was killed
+        with contextlib.suppress(OSError):
             connection.sendall(process.to_bytes(4, "little"))
-            code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        if connection in select.select([connection, os.pidfd_open(process)], [], [])[0]:  # who asked has ended
+            os.kill(process, signal.SIGTERM)
+        code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        with contextlib.suppress(OSError):
             connection.sendall(code.to_bytes(4, "little", signed=True))
         os._exit(0)
     connection.close()
@@ -88,12 +94,11 @@ def as_at_a_start(script: str) -> None:
     path = os.environ.get("PYTHONPATH", "")
     sys.path[:2] = [os.path.dirname(script), *filter(None, path.split(os.pathsep))]
     if threads := os.environ.get("OMP_NUM_THREADS"):
-        torch.set_num_threads(int(threads))
+        torch.set_num_threads(int(threads.split(",")[0]))  # the others are of nested regions
     if position := os.environ.get("TQDM_POSITION"):
         tqdm.__init__ = functools.partialmethod(tqdm.__init__, position=int(position))
     # The level that the project's engines set before they import vLLM.
     logging.getLogger("vllm").setLevel(os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"))
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background process ignores it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, OF_SCRIPTS)
 
@@ -112,8 +117,11 @@ def run_and_leave(script: str) -> None:
         code = 130 if isinstance(error, KeyboardInterrupt) else 1
     threading._shutdown()  # waits for threads, as `multiprocessing` does
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:  # a full disk, or a reader that has ended: the code is Python's
+        code = 120
     os._exit(code & 0xFF)
 
 

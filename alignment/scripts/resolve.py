@@ -113,7 +113,7 @@ def resolve(words: list[str]) -> Settings:
     s.GPUS = machine.gpus(s.NEEDS_GPU, s.DRY_RUN) if s.GPUS is None else s.GPUS
     for name, value in {"BF16": "True", "REWARD_DTYPE": "bfloat16"}.items():
         if getattr(s, name) == "native":
-            setattr(s, name, value if machine.multiplies_bfloat16() else None)
+            setattr(s, name, value if not s.GPUS and machine.multiplies_bfloat16() else None)
     return s
 
 

@@ -4,6 +4,7 @@ python alignment/scripts/running.py SOCKET      becomes loaded.py, in the enviro
 """
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -69,7 +70,7 @@ class Fork:
         self, path: str, command: list[str], environment: dict[str, str], folder: str = ".", files=(0, 1, 2)
     ) -> None:
         self.connection, self.returncode, began = socket.socket(socket.AF_UNIX), None, time.monotonic()
-        while self.connection.connect_ex(path) and time.monotonic() - began < 30:
+        while self.connection.connect_ex(path) == errno.ENOENT and time.monotonic() - began < 30:
             time.sleep(0.1)
         job = {"command": command, "environment": environment, "folder": os.path.abspath(folder)}
         try:
@@ -106,12 +107,17 @@ class Fork:
         return int.from_bytes(sent, "little", signed=True)
 
 
-def start(command: list[str], variables: dict[str, str]) -> subprocess.Popen | Fork:
-    """Start a command: a script in a fork of the Python at LOADED_PYTHON, where there is one."""
-    path = variables.get("LOADED_PYTHON")
+def start(command: list[str], gpus: int, variables: dict[str, str]) -> subprocess.Popen | Fork:
+    """Start a command: a script in a fork of the Python at LOADED_PYTHON, where there is one, on a CPU."""
+    path = loaded_python(gpus)
     if path and command[0].endswith("/python") and command[1].endswith(".py"):
         return Fork(path, command[1:], variables)
     return subprocess.Popen(command, env=variables)
+
+
+def loaded_python(gpus: int) -> str | None:
+    """Return the socket of the Python that has the libraries loaded, those for a CPU."""
+    return None if gpus else os.environ.get("LOADED_PYTHON")
 
 
 def become(command: list[str], gpus: int) -> None:
@@ -137,7 +143,16 @@ def side_by_side(commands: list[list[str]], gpus: int, at_once: int) -> int:
             row = min(set(range(at_once)) - set(running.values()))
             command = waiting.pop(0)
             variables = environment(command, gpus) | of_its_share(gpus, min(at_once, len(commands)), row)
-            running[start(command, variables)] = row
+            try:
+                process = start(command, gpus, variables)
+            except UserError:
+                for other in running:
+                    other.terminate()
+                    other.wait()
+                raise
+            running[process] = row
+            if stopped:  # while it began, perhaps too early for it to get the signal
+                process.terminate()
             continue
         time.sleep(0.2)
         for process in [p for p in running if p.poll() is not None]:

@@ -485,7 +485,7 @@ def main() -> None:
         print(f"\n[{label}] {shlex.join(command)}", flush=True)
     if s.DRY_RUN:
         return
-    if len(commands) == 1 and "LOADED_PYTHON" not in os.environ:
+    if len(commands) == 1 and not running.loaded_python(s.GPUS):
         running.become(commands[0], s.GPUS)
     if code := running.side_by_side(commands, s.GPUS, at_once(s, stage, commands)):
         raise SystemExit(code)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -17,10 +18,12 @@ import common.cli, torch
 from tqdm import tqdm
 handlers = [str(signal.getsignal(n)).split(" at ")[0] for n in (2, 15, signal.SIGCHLD, signal.SIGPIPE)]
 blocked = sorted(signal.pthread_sigmask(signal.SIG_BLOCK, []))
+files = [f"/proc/self/fd/{{number}}" for number in os.listdir("/proc/self/fd") if int(number) > 2]
+left_open = [os.readlink(file) for file in files if os.path.exists(file)]
 print(json.dumps([
     sys.argv, sys.path[0], os.getcwd(), __name__, __file__, dict(os.environ), handlers, blocked, sys.stdin.read(),
     torch.get_num_threads(), tqdm(disable=False, file=open(os.devnull, "w")).pos, gc.get_threshold(),
-    threading.active_count(), sorted(os.listdir("/proc/self/fd"))[:3],
+    threading.active_count(), [name for name in left_open if name.startswith(("socket", "pipe"))],
 ]))
 """
 
@@ -58,6 +61,48 @@ def test_it_ends_as_one(tmp_path, ending):
     alone, forked = run([sys.executable, str(tmp_path / "ends.py")]), fork([tmp_path / "ends.py"])
     assert (forked.returncode, forked.stdout) == (alone.returncode, alone.stdout)
     assert forked.stderr.splitlines()[-1:] == alone.stderr.splitlines()[-1:]  # a stack trace has two frames more
+
+
+ASKS = """
+import os, sys
+sys.path.append({alignment!r})
+from scripts import running
+raise SystemExit(running.side_by_side({commands!r}, 0, 2))
+"""
+
+
+def asking(tmp_path, *scripts):
+    """A process that has scripts run side by side in forks."""
+    commands = []
+    for number, text in enumerate(scripts):
+        (tmp_path / f"{number}.py").write_text(text)
+        commands.append([sys.executable, str(tmp_path / f"{number}.py")])
+    code = ASKS.format(alignment=str(ALIGNMENT), commands=commands)
+    return subprocess.Popen([sys.executable, "-c", code], env=dict(os.environ) | {"LOADED_PYTHON": FORKS.started()})
+
+
+SLEEPS = "import os, time; open('{0}.new', 'w').write(str(os.getpid())); os.rename('{0}.new', '{0}'); time.sleep(600)"
+
+
+def has_ended(file):
+    """Whether the process that wrote its number into the file ends within seconds."""
+    end = time.monotonic() + 20
+    while os.path.exists(f"/proc/{file.read_text()}") and time.monotonic() < end:
+        time.sleep(0.1)
+    return not os.path.exists(f"/proc/{file.read_text()}")
+
+
+def test_the_first_that_fails_ends_the_other(tmp_path):
+    waits = f"import os, time\nwhile not os.path.exists('{tmp_path}/pid'): time.sleep(0.1)\nraise SystemExit(3)"
+    assert asking(tmp_path, SLEEPS.format(tmp_path / "pid"), waits).wait(timeout=60) == 3
+    assert has_ended(tmp_path / "pid")
+
+
+def test_a_script_ends_with_who_asked_for_it(tmp_path):
+    process = asking(tmp_path, SLEEPS.format(tmp_path / "pid"))
+    assert wait_until((tmp_path / "pid").exists, process)
+    process.kill()
+    assert has_ended(tmp_path / "pid")
 
 
 def test_it_samples_the_same(tmp_path):

@@ -54,7 +54,7 @@ def add_row(folder) -> None:
     table.write_text(before + found + row + after)
 
 
-def test_the_row_leaves_all_unit_tests_green(tmp_path):
+def test_the_row_leaves_the_tests_of_tables_and_pages_green(tmp_path):
     """Those that go through a table of samplers, or through the documentation; the others know no row."""
     copy_of_the_project(tmp_path)
     add_row(tmp_path)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 from scripts.running import Fork
@@ -27,7 +28,7 @@ class Forks:
         if self.server is None:
             self.began_with = dict(os.environ)
             self.folder = tempfile.TemporaryDirectory(dir="/tmp")  # a socket's path is short
-            words = [sys.executable, ALIGNMENT / "scripts/loaded.py", f"{self.folder.name}/socket"]
+            words = [sys.executable, ALIGNMENT / "scripts/running.py", f"{self.folder.name}/socket"]
             self.server = subprocess.Popen(words, stdin=subprocess.PIPE)
         return f"{self.folder.name}/socket"
 
@@ -46,7 +47,11 @@ class Forks:
             open(os.devnull) as nothing,
         ):
             files = [file.fileno() for file in (nothing, output, errors)]
-            code = Fork(self.started(), command, environment, "/", files).wait()
+            process = Fork(self.started(), command, environment, "/", files)
+            late = threading.Timer(1500, process.terminate)
+            late.start()
+            code = process.wait()
+            late.cancel()
             output.seek(0)
             errors.seek(0)
             return subprocess.CompletedProcess(command, code, output.read(), errors.read())
