@@ -32,7 +32,8 @@ def start(monkeypatch, model):
 
     def start(device: str, **options) -> Engine:
         monkeypatch.setattr(backend_vllm, "default_device", lambda: device)
-        monkeypatch.setattr(backend_vllm, "_import_vllm", lambda: Engine)
+        monkeypatch.setattr("vllm.LLM", Engine)
+        monkeypatch.setattr("gc.freeze", lambda: None)  # in this process it would stay so
         monkeypatch.setattr(backend_vllm, "_watch_engine", lambda core: None)
         return backend_vllm.VLLMGenerator(model, None, "float32", 64, **options).llm
 
