@@ -16,9 +16,9 @@ ALIGNMENT = PROJECT / "alignment"
 class Forks:
     """Starts scripts in forks of a Python that has the libraries loaded (scripts/loaded.py)."""
 
-    # What a fork may find set otherwise: the libraries have read the other variables when they were imported. The
-    # last two they set themselves, in the process of the tests.
-    MAY_DIFFER = ("CI", "PYTHON", "PYTEST_", "RAY_", "VLLM_LOGGING_LEVEL", "ACCELERATE_", "PYTORCH_NVML_")
+    # What a fork may find set otherwise: the libraries have read the other variables when they were imported. Engines
+    # and libraries in the process of the tests set the last four.
+    MAY_DIFFER = ("CI", "PYTHON", "PYTEST_", "RAY_", "VLLM_", "TORCHINDUCTOR_", "ACCELERATE_", "PYTORCH_NVML_")
 
     def __init__(self) -> None:
         self.server, self.began_with, self.folder = None, {}, None
