@@ -29,16 +29,16 @@ AS_REFERENCE = dict.fromkeys(REFERENCE_SPEED, 1.0)
 # The quickstart's seconds on it: to start a stage, and per unit of its work. Of these the first do not depend on how
 # fast matrices are multiplied (Python importing, small matrices, memory), the others do.
 SECONDS = {
-    "unpack": (20, 0, 0),
-    "reward_models": (20, 0, 92),
-    "generate": (14, 0.0037, 0),
-    "annotate": (4, 0, 0.006),
-    "train": (12, 0.18, 0.11),
-    "evaluate": (8, 0.0028, 0),
-    "annotate_evaluation": (8, 0, 0.025),
-    "kl_responses": (6, 0, 0),
-    "kl": (15, 0, 0.0103),
-    "summarize": (3, 0, 0),
+    "unpack": (22, 0, 0),
+    "reward_models": (16, 0, 96),
+    "generate": (11, 0.0040, 0),
+    "annotate": (1, 0, 0.006),
+    "train": (10, 0.20, 0.12),
+    "evaluate": (10, 0.0035, 0),
+    "annotate_evaluation": (3, 0, 0.025),
+    "kl_responses": (2, 0, 0),
+    "kl": (8, 0, 0.0103),
+    "summarize": (2, 0, 0),
 }
 # Stages whose last number is that in bfloat16 → the setting that says whether it is.
 IN_BFLOAT16 = {"train": "BF16", "annotate": "REWARD_DTYPE", "annotate_evaluation": "REWARD_DTYPE"}
