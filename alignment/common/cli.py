@@ -31,7 +31,7 @@ ENVIRONMENT = {
 for _name, _value in ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
 # Python looks for garbage a hundred times more rarely than by default. Imports make a million objects and none of it:
-# that saves a second of each start. It stays so later: nothing here leaves tensors in cycles of references.
+# that saves a second of each start. It stays so for the whole run.
 gc.set_threshold(100_000, 20, 20)
 # On a CPU it warns, wherever it is installed, of a kernel that nothing here uses; standard error is for errors.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -352,27 +352,21 @@ def response_text(tokenizer, prompt_ids: Sequence[int], ids: Sequence[int]) -> t
     return kept, True
 
 
-# Of fast tokenizers, by all that they are made of: half a second each, and models in turn mostly have the same one.
-FINGERPRINTS: dict[str, str] = {}
-
-
 def tokenizer_fingerprint(tokenizer) -> str:
     """Return a short hash of all that decides which ids a text becomes: equal means that ids can be exchanged.
 
     Vocabulary, special tokens, and of a fast tokenizer normalizer, pre-tokenizer, model and post-processor. Padding
     and chat template are left out: they change no id.
     """
+    whole = {
+        "vocabulary": tokenizer.get_vocab(),
+        "special": [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id],
+    }
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    form = backend.to_str() if backend is not None else None
-    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]
-    key = f"{special} {form}"
-    if form is None or key not in FINGERPRINTS:
-        whole = {"vocabulary": tokenizer.get_vocab(), "special": special}
-        if form is not None:
-            parts = json.loads(form)
-            whole |= {name: parts.get(name) for name in ("normalizer", "pre_tokenizer", "model", "post_processor")}
-        FINGERPRINTS[key] = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
-    return FINGERPRINTS[key]
+    if backend is not None:
+        form = json.loads(backend.to_str())
+        whole |= {key: form.get(key) for key in ("normalizer", "pre_tokenizer", "model", "post_processor")}
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def stop_token_ids(tokenizer, model_name: str, trust_remote_code: bool = False) -> list[int]:

@@ -80,8 +80,8 @@ def units(s: Settings, stage: str) -> float:
 
 def expected(s: Settings, stage: str, speed: dict[str, float] = AS_REFERENCE) -> float:
     """Return the seconds that a stage takes on a machine of this `speed` (see `machine_speed`)."""
-    to_start, other, matrices = SECONDS.get(stage.split()[0], (0, 0, 0))
     kind, dtype = stage.split()[0], "float32"
+    to_start, other, matrices = SECONDS.get(kind, (0, 0, 0))
     if kind in IN_BFLOAT16:
         dtype = "bfloat16" if getattr(s, IN_BFLOAT16[kind]) in ("True", "bfloat16") else "float32"
         matrices *= REFERENCE_SPEED["bfloat16"] / REFERENCE_SPEED[dtype]

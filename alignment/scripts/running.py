@@ -1,6 +1,6 @@
 """Starting a stage's commands, and keeping a run's settings in its folder.
 
-python alignment/scripts/running.py SOCKET      becomes loaded.py, in the environment that a stage's commands have
+Run as a script with SOCKET, it becomes loaded.py, in the environment that a stage's commands have.
 """
 
 import contextlib

@@ -3,8 +3,9 @@
     python alignment/scripts/stages.py SETTINGS STAGE [ITERATION SAMPLER ...]
 
 SETTINGS is the line of JSON that resolve.py prints; the drivers call this file. It prints `[STAGE ...] command` and,
-unless DRY_RUN is set, becomes that command. A stage ends at once where its output is complete and continues where it
-was interrupted. A script that is given several command lines (FLAGS --then FLAGS) loads its libraries once for all.
+unless DRY_RUN is set, becomes that command; several, or one in a fork (running.py), it waits for. A stage ends at
+once where its output is complete and continues where it was interrupted. A script that is given several command lines
+(FLAGS --then FLAGS) loads its libraries once for all.
 """
 
 import json

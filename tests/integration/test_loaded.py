@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from commands import ALIGNMENT, FORKS, run
+from commands import ALIGNMENT, FORKS, alone
 from driver_runs import SLOW, TRAIN, inputs, journal_rows, save_inputs, start, wait_until
 
 SEES = """
@@ -37,10 +37,9 @@ def fork(command, **variables):
 def test_a_fork_sees_what_a_python_of_its_own_sees(tmp_path, variables):
     (tmp_path / "sees.py").write_text(SEES.format(alignment=str(ALIGNMENT)))
     words = [tmp_path / "sees.py", "a word", "--flag"]
-    alone = run([sys.executable, *map(str, words)], **variables)
-    forked = fork(words, **variables)
+    own, forked = alone(*words, **variables), fork(words, **variables)
     assert (forked.returncode, forked.stderr) == (0, "")
-    assert json.loads(forked.stdout) == json.loads(alone.stdout)
+    assert json.loads(forked.stdout) == json.loads(own.stdout)
 
 
 @pytest.mark.parametrize(
@@ -58,9 +57,9 @@ def test_a_fork_sees_what_a_python_of_its_own_sees(tmp_path, variables):
 )
 def test_it_ends_as_one(tmp_path, ending):
     (tmp_path / "ends.py").write_text(ending.format(alignment=str(ALIGNMENT)))
-    alone, forked = run([sys.executable, str(tmp_path / "ends.py")]), fork([tmp_path / "ends.py"])
-    assert (forked.returncode, forked.stdout) == (alone.returncode, alone.stdout)
-    assert forked.stderr.splitlines()[-1:] == alone.stderr.splitlines()[-1:]  # a stack trace has two frames more
+    own, forked = alone(tmp_path / "ends.py"), fork([tmp_path / "ends.py"])
+    assert (forked.returncode, forked.stdout) == (own.returncode, own.stdout)
+    assert forked.stderr.splitlines()[-1:] == own.stderr.splitlines()[-1:]  # a stack trace has two frames more
 
 
 ASKS = """
@@ -108,18 +107,13 @@ def test_a_script_ends_with_who_asked_for_it(tmp_path):
 def test_it_samples_the_same(tmp_path):
     """vLLM's engine in a fork and in a Python of its own."""
     save_inputs(tmp_path)
-    words = [
-        ALIGNMENT / "generation/generate.py",
-        "--model_name_or_path",
-        tmp_path / "policy",
-        "--ref_model_name_or_path",
-    ]
-    words += [tmp_path / "policy", "--dataset_name_or_path", tmp_path / "prompts.json", "--sampler", "mixp"]
-    words += ["--max_new_tokens", "16", "--temperature", "1", "--output_file"]
-    alone = run([sys.executable, *map(str, words), str(tmp_path / "alone.json")])
-    forked = fork([*words, tmp_path / "forked.json"])
-    assert (alone.returncode, forked.returncode) == (0, 0), alone.stderr + forked.stderr
-    assert (tmp_path / "alone.json").read_bytes() == (tmp_path / "forked.json").read_bytes()
+    policy = tmp_path / "policy"
+    words = [ALIGNMENT / "generation/generate.py", "--model_name_or_path", policy, "--ref_model_name_or_path", policy]
+    words += ["--dataset_name_or_path", tmp_path / "prompts.json", "--sampler", "mixp", "--temperature", 1]
+    words += ["--max_new_tokens", 16, "--output_file"]
+    own, forked = alone(*words, tmp_path / "own.json"), fork([*words, tmp_path / "forked.json"])
+    assert (own.returncode, forked.returncode) == (0, 0), own.stderr + forked.stderr
+    assert (tmp_path / "own.json").read_bytes() == (tmp_path / "forked.json").read_bytes()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

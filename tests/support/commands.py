@@ -63,7 +63,12 @@ FORKS = Forks()
 def python(script: str | Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
     """Runs `alignment/<script>`, or any file, with this interpreter; its output and errors are captured as text."""
     command = [str(ALIGNMENT / script), *map(str, arguments)]
-    return FORKS.run(command, environment) or run([sys.executable, *command], **environment)
+    return FORKS.run(command, environment) or alone(script, *arguments, **environment)
+
+
+def alone(script: str | Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    """Runs the same in a Python of its own."""
+    return run([sys.executable, str(ALIGNMENT / script), *map(str, arguments)], **environment)
 
 
 def bash(script: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:

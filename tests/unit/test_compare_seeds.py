@@ -1,11 +1,10 @@
 """Samplers over several seeds: differences, tables and figure of constructed run folders."""
 
 import csv
-import sys
 
 import numpy as np
 import pytest
-from commands import ALIGNMENT, run
+from commands import alone
 from run_folders import write_answers, write_kl
 
 from common.cli import UserError
@@ -153,18 +152,15 @@ def test_a_seed_without_kl_or_judge_is_no_other_way_of_evaluating(run_dir):
 
 
 def test_the_script_writes_table_figure_and_page(run_dir):
-    def compare(*seeds):
-        words = ["--samplers", "online", "mixp", "--iterations", "2", "--run_dir", run_dir, "--seeds", *seeds]
-        return run([sys.executable, ALIGNMENT / "evaluation/compare_seeds.py", *words])
-
-    result = compare("1", "2", "3")
+    words = "--samplers", "online", "mixp", "--iterations", 2, "--run_dir", run_dir, "--seeds"
+    result = alone("evaluation/compare_seeds.py", *words, 1, 2, 3)
     assert result.returncode == 0, result.stderr
     [heading, *rows] = csv.reader((run_dir / "results/seeds.csv").open())
     assert [row[0] for row in rows] == ["online", "mixp"] and "missing" not in sum(rows, [])
     assert float(rows[1][heading.index("KL from base")].split()[0]) == pytest.approx((5 * 6 * 7) ** (1 / 3), abs=0.01)
     for name in ("seeds.md", "report.html", "reward_vs_kl_over_seeds.png", "reward_vs_kl_over_seeds.pdf"):
         assert (run_dir / "results" / name).stat().st_size > 500
-    alone = compare("1")
-    assert alone.returncode == 0 and "missing" not in (run_dir / "results/seeds.md").read_text()
-    refused = compare("9")
+    one = alone("evaluation/compare_seeds.py", *words, 1)
+    assert one.returncode == 0 and "missing" not in (run_dir / "results/seeds.md").read_text()
+    refused = alone("evaluation/compare_seeds.py", *words, 9)
     assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1 and "seed_9" in refused.stderr

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from commands import ends_in_one_line, python
+from commands import alone, ends_in_one_line
 from plans import plan
 
 from scripts import progress
@@ -43,16 +43,8 @@ def test_the_plan_is_what_the_drivers_run(given, tmp_path):
 
 
 def test_minutes_and_place_through_a_run(tmp_path):
-    s = resolve(
-        [
-            "RECIPE=quickstart",
-            "SAMPLERS=online mixp",
-            "ITERS=2",
-            f"RUN_DIR={tmp_path}",
-            "BF16=True",
-            "REWARD_DTYPE=bfloat16",
-        ]
-    )
+    words = f"RECIPE=quickstart ITERS=2 RUN_DIR={tmp_path} BF16=True REWARD_DTYPE=bfloat16".split()
+    s = resolve(["SAMPLERS=online mixp", *words])
     stages = progress.plan(s)
     assert progress.line(s, "compare_seeds") is None  # belongs to no single run
     places, expected = [], round(sum(progress.expected(s, stage) for stage in stages) / 60)
@@ -98,7 +90,7 @@ def test_speed_is_measured():
 def test_wrong_settings_of_the_quickstart_are_one_line(tmp_path):
     (tmp_path / "file").touch()
     for word, named in (("SAMPLERS=mixq", "mixq"), (f"RUN_DIR={tmp_path}/file/run", f"{tmp_path}/file/run")):
-        ends_in_one_line(python("scripts/progress.py", word), named)
+        ends_in_one_line(alone("scripts/progress.py", word), named)
 
 
 def test_every_recipe_has_lines(tmp_path):
