@@ -10,13 +10,9 @@ export HF_HUB_OFFLINE=1  # all that it reads is in packages
 [[ ! " $* " =~ " "(-h|--help)" " ]] || exec bash alignment/sample_train_safe_rlhf.sh RECIPE=quickstart --help
 if [[ ! " $* " =~ " DRY_RUN="(1|[Tt]rue|[Yy]es)" " ]]; then
     bash setup.sh cpu
-    .venv/bin/python alignment/scripts/progress.py "$@"  # says how long it will take here
-    # One Python imports the libraries for all stages; it ends with this script, which holds its standard input.
-    FOLDER=$(mktemp -d /tmp/quickstart.XXXXXX)
-    trap 'rm -r "$FOLDER"' EXIT
-    export LOADED_PYTHON=$FOLDER/socket
-    # shellcheck disable=SC2034  # it is only held open
-    exec {LOADED}> >(exec .venv/bin/python alignment/scripts/running.py "$LOADED_PYTHON")
+    CPU_PYTHON=.venv/bin/python
+    "$CPU_PYTHON" alignment/scripts/progress.py "$@"  # says how long it will take here
+    source alignment/scripts/loaded.sh
 fi
 # The drivers hold the loop of the paper's 7B experiments; the recipe `quickstart` makes it one of a 135M model.
 bash alignment/scripts/quickstart_assets.sh "$@"

@@ -15,6 +15,7 @@ RESOLVED=$("$PYTHON" "$SCRIPTS/resolve.py" "$DRIVER" "$@")
     IFS= read -r RUN_DIR
     IFS= read -r LOCK_FILE
     IFS= read -r SECONDS_FILE
+    IFS= read -r CPU_PYTHON
     read -r ITERS
     read -r SEEDS
     read -r SAMPLERS

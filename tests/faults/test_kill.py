@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from commands import ALIGNMENT
+from commands import ALIGNMENT, FORKS
 from driver_runs import EVALUATE, KL, SLOW, TRAIN, inputs, journal_rows, save_inputs, start, wait_until
 from safetensors.torch import load_file
 
@@ -101,17 +101,18 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
-def begin(place: Path, folder: Path, driver: str, log: Path, kill_before: str = "") -> subprocess.Popen:
+def begin(place: Path, folder: Path, driver: str, log: Path, **environment: str) -> subprocess.Popen:
     """Start a driver in `folder`."""
     given = inputs(place) | SLOW | {"RUN_DIR": "run"} | ({} if driver == TRAIN else {"ITERS": 1})
-    return start(driver, given, log, folder, PYTHONPATH=str(place / "killer"), KILL_BEFORE=kill_before)
+    return start(driver, given, log, folder, **environment)
 
 
 def kill_at(place: Path, folder: Path, moment: Moment, log: Path, rng: random.Random) -> None:
     """Runs the driver and kills it at the moment; fails if it ends before."""
     kind, _, rest = moment.event.partition(" ")
     if kind not in ("rows", "after"):
-        process = begin(place, folder, moment.driver, log, moment.event)
+        killer = {"PYTHONPATH": str(place / "killer"), "KILL_BEFORE": moment.event}
+        process = begin(place, folder, moment.driver, log, **killer)
         process.wait(timeout=120)
     else:
         process = begin(place, folder, moment.driver, log)
@@ -128,7 +129,8 @@ def kill_at(place: Path, folder: Path, moment: Moment, log: Path, rng: random.Ra
 
 
 def finish(place: Path, folder: Path, driver: str, log: Path) -> None:
-    process = begin(place, folder, driver, log)
+    """Runs the driver to its end, in forks: whether it was killed in a Python of its own makes no difference."""
+    process = begin(place, folder, driver, log, LOADED_PYTHON=FORKS.started())
     assert process.wait(timeout=300) == 0, log.read_text(errors="replace")[-3000:]
 
 
@@ -167,6 +169,7 @@ def runs(place) -> Runs:
     undisturbed, trained, evaluated = folders = [place / name for name in ("undisturbed", "trained", "evaluated")]
     undisturbed.mkdir()
     trained.mkdir()
+    FORKS.started()  # before there are threads
 
     def others() -> Counter:
         finish(place, undisturbed, TRAIN, undisturbed / "train.log")

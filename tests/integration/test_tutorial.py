@@ -9,6 +9,7 @@ import shutil
 import subprocess
 
 import numpy as np
+import psutil
 import pytest
 from commands import PROJECT, run
 
@@ -83,6 +84,8 @@ def test_every_command_of_the_tutorial(tmp_path, assets):
     check_quickstart(tmp_path / "alignment/runs/bold", outputs)
     seeds = (tmp_path / "alignment/runs/bold_seeds/results/seeds.md").read_text()
     assert "bold" in seeds and "missing" not in seeds
+    running = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+    assert not [words for words in running if str(tmp_path) in words]  # such as the Python of quickstart and ablation
 
 
 def check_bandit(folder):
