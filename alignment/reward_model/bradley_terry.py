@@ -28,11 +28,6 @@ def hits(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
     return (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
 
 
-def accuracy(chosen: torch.Tensor, rejected: torch.Tensor) -> float:
-    """Share of pairs [B] whose chosen answer has the higher reward; ties count half."""
-    return hits(chosen, rejected).mean().item()
-
-
 def length_matched_accuracy(right: torch.Tensor, shorter: torch.Tensor) -> float | None:
     """Accuracy with pairs weighted so that a rule that knows nothing but length gets 1/2.
 

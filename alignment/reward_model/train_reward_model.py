@@ -54,6 +54,12 @@ def parser() -> Parser:
     switch = {"action": "store_true", "default": None}
     flags.add("--mean_pooling", "score the mean over all tokens, not the last one (decoders)", **switch)
     flags.add("--plain_template", "the plain template in place of the tokenizer's", **switch)
+    flags.add(
+        "--dtype",
+        "of what is multiplied, in training and for the accuracy on held-out pairs; weights are float32 (default: "
+        "float32, but training on a GPU bfloat16)",
+        choices=("float32", "bfloat16"),
+    )
     flags.add("--learning_rate", "peak of AdamW, falling to 0 linearly", type=positive, default=3e-4)
     flags.add("--batch_size", "pairs in one step on one device", type=positive_int, default=8)
     flags.add("--gradient_accumulation_steps", "steps joined in one update", type=positive_int, default=1)
@@ -72,7 +78,8 @@ def parser() -> Parser:
 def main() -> None:
     args = parser().parse_args()
     pairs = read_pairs(args.train_file)
-    settings = {k: v for k, v in vars(args).items() if k != "output_dir"}
+    # A model stays what it is where the type has another default, on another machine; metrics.json has it.
+    settings = {k: v for k, v in vars(args).items() if k not in ("output_dir", "dtype")}
     settings |= {f"train_{k}": v for k, v in content_of(args.train_file, "train").items()}
     if is_done(args.output_dir, settings):
         return
@@ -86,7 +93,8 @@ def main() -> None:
     if trainer.is_world_process_zero():
         save(trainer.model, tokenizer, unfinished)
         metrics = {"train_pairs": len(training), "dropped_pairs": len(pairs) - len(different)}
-        metrics |= {**evaluate(unfinished, held_out), "settings": settings}
+        metrics |= {**evaluate(unfinished, held_out, args.dtype or "float32"), "settings": settings}
+        metrics["dtype"] = "bfloat16" if trainer.args.bf16 else "float32"
         inputs = model_inputs({"base model": args.model_name_or_path}) + data_inputs([args.train_file])
         metrics["provenance"] = {"train": provenance(["accelerate"], inputs)}
         write_json(unfinished / "metrics.json", metrics)
@@ -157,7 +165,7 @@ def train(args, tokenizer, pairs: list[dict], folder: Path):
         max_steps=args.max_steps or -1,
         warmup_steps=0.1,  # below 1: a share of all steps
         seed=args.seed,
-        bf16=on_gpu,
+        bf16=args.dtype == "bfloat16" or (on_gpu and not args.dtype),
         use_cpu=not on_gpu,
         logging_steps=10,
         save_strategy="no",
@@ -189,7 +197,7 @@ def save(model, tokenizer, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def evaluate(folder: Path, pairs: list[dict]) -> dict:
+def evaluate(folder: Path, pairs: list[dict], dtype: str) -> dict:
     """Accuracies and loss of the saved model on held-out pairs, scored exactly as annotation scores."""
     import torch
 
@@ -199,7 +207,7 @@ def evaluate(folder: Path, pairs: list[dict]) -> dict:
     names = ("eval_accuracy", "eval_accuracy_length_matched", "eval_loss", "shorter_is_chosen")
     if not pairs:
         return {"eval_pairs": 0, **dict.fromkeys(names)}
-    scorer = RewardScorer(str(folder))
+    scorer = RewardScorer(str(folder), dtype=dtype)
     texts = [text for pair in pairs for text in pair_texts(scorer.tokenizer, pair)]
     scores = torch.tensor(scorer.score(texts)).view(-1, 2)
     lengths = torch.tensor([[len(p["chosen"]), len(p["rejected"])] for p in pairs])

@@ -30,7 +30,7 @@ AS_REFERENCE = dict.fromkeys(REFERENCE_SPEED, 1.0)
 # fast matrices are multiplied (Python importing, small matrices, memory), the others do.
 SECONDS = {
     "unpack": (22, 0, 0),
-    "reward_models": (16, 0, 96),
+    "reward_models": (16, 0, 54),
     "generate": (11, 0.0040, 0),
     "annotate": (1, 0, 0.006),
     "train": (10, 0.20, 0.12),
@@ -41,7 +41,7 @@ SECONDS = {
     "summarize": (2, 0, 0),
 }
 # Stages whose last number is that in bfloat16 → the setting that says whether it is.
-IN_BFLOAT16 = {"train": "BF16", "annotate": "REWARD_DTYPE", "annotate_evaluation": "REWARD_DTYPE"}
+IN_BFLOAT16 = {"train": "BF16"} | dict.fromkeys(("reward_models", "annotate", "annotate_evaluation"), "REWARD_DTYPE")
 
 
 def plan(s: Settings) -> list[str]:

@@ -23,7 +23,6 @@ from annotate_data.scorer import RewardScorer
 from common.cli import UserError, run
 from reward_model import human_labels, train_reward_model
 from reward_model.bradley_terry import (
-    accuracy,
     bradley_terry_losses,
     freeze_all_but_last,
     hits,
@@ -40,7 +39,7 @@ def test_loss_is_the_bradley_terry_likelihood():
         scalar, rel=1e-6
     )
     assert bradley_terry_losses(torch.tensor([-500.0]), torch.tensor([500.0])).tolist() == [1000.0]
-    assert accuracy(torch.tensor([1.0, 0.0, 2.0, 2.0]), torch.tensor([0.0, 1.0, 2.0, 1.0])) == 0.625
+    assert hits(torch.tensor([1.0, 0.0, 2.0, 2.0]), torch.tensor([0.0, 1.0, 2.0, 1.0])).mean() == 0.625
 
 
 def test_length_matched_accuracy_of_a_rule_of_length_is_one_half():
@@ -180,6 +179,22 @@ def test_same_seed_same_model_other_seed_other_model(tmp_path, monkeypatch):
         train(monkeypatch, model, data, tmp_path / name, "--max_steps", 3, "--seed", seed)
         weights.append((tmp_path / name / "model.safetensors").read_bytes())
     assert weights[0] == weights[1] != weights[2]
+
+
+def test_bfloat16_rounds_what_is_multiplied_and_not_the_weights(tmp_path, monkeypatch, capsys):
+    model, data = tiny_encoder(tmp_path / "m"), separable_pairs(tmp_path / "pairs.jsonl")
+    weights, losses = {}, {}
+    for dtype in ("float32", "bfloat16"):
+        train(monkeypatch, model, data, tmp_path / dtype, "--max_steps", 20, "--dtype", dtype)
+        metrics = json.loads((tmp_path / dtype / "metrics.json").read_text())
+        assert metrics["dtype"] == dtype
+        losses[dtype] = metrics["eval_loss"]
+        weights[dtype] = load_file(tmp_path / dtype / "model.safetensors")
+    assert {tensor.dtype for tensor in weights["bfloat16"].values() if tensor.is_floating_point()} == {torch.float32}
+    apart = [(weights["float32"][name] - other).abs().max() for name, other in weights["bfloat16"].items()]
+    assert 0 < max(apart) < 0.05 and losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.1)
+    train(monkeypatch, model, data, tmp_path / "float32", "--max_steps", 20, "--dtype", "bfloat16")
+    assert "already done" in capsys.readouterr().out  # on a machine with another default too
 
 
 def test_frozen_layers_do_not_move(tmp_path, monkeypatch):
