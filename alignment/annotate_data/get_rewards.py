@@ -15,7 +15,8 @@ where rules.py holds, for example,
     def exact_answer(prompt: str, responses: list[str], fields: dict) -> list[float]:
         return [float(response.strip() == fields["answer"]) for response in responses]
 
-It is called once per instance with its other fields, and returns one finite number per response.
+It is called once per instance with its other fields, those of the prompts' data set too (generate.py --keep_fields),
+and returns one finite number per response.
 """
 
 import array

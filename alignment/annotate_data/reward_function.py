@@ -5,7 +5,8 @@
 
         prompt: the instance's `prompt`, with the policy's template if generation applied one.
         responses: its K responses.
-        fields: its other fields, such as `raw_prompt`, `messages`, `response_ids`, or an `answer` to compare with.
+        fields: what else the instance holds, such as `raw_prompt`, `messages`, `response_ids`; and what else the
+            data set of prompts holds, such as an `answer` to compare with (generate.py --keep_fields).
         '''
 
 It is called once per instance, in file order; True and False count as 1 and 0. Nothing here imports torch.
@@ -73,7 +74,9 @@ class FunctionRewards:
         return next(instance for n, instance in enumerate(job.records) if n == row)["responses"][k]
 
     def _call(self, instance: dict, where: str) -> list[float]:
-        fields = {key: value for key, value in instance.items() if key not in ("prompt", "responses")}
+        kept = instance.get("fields")
+        own = {key: value for key, value in instance.items() if key not in ("prompt", "responses")}
+        fields = {**(kept if isinstance(kept, dict) else {}), **own}
         try:
             found = self.function(instance["prompt"], list(instance["responses"]), fields)
         except (Exception, SystemExit) as error:

@@ -7,6 +7,7 @@ to `DIR`: `DIR` is there whole or not at all.
 import contextlib
 import fcntl
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -39,9 +40,22 @@ def is_done(output_dir: str, settings: dict) -> bool:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
     stored = read_json(output / "settings.json") if (output / "settings.json").is_file() else None
-    refuse_other_settings(output, stored.get("train") if isinstance(stored, dict) else None, settings)
+    refuse_other_settings(output, as_one_process(stored), as_one_process({"train": settings}))
     shutil.rmtree(work_dir(output_dir), ignore_errors=True)
     return True
+
+
+def as_one_process(record: object) -> dict | None:
+    """Return a record's training settings without how a step's pairs are divided among processes and passes.
+
+    That changes a result by rounding alone: what is finished, or has not begun, may continue on other GPUs.
+    """
+    stored = record.get("train") if isinstance(record, dict) else None
+    if not isinstance(stored, dict):
+        return None
+    settings = dict(stored)
+    parts = ("num_processes", "per_device_train_batch_size", "gradient_accumulation_steps")
+    return settings | {"pairs_per_step": math.prod(settings.pop(name, 1) for name in parts)}
 
 
 def open_work(output_dir: str, settings: dict, data_settings: dict, made_from: Callable[[], dict]) -> TextIO:
@@ -66,8 +80,12 @@ def open_work(output_dir: str, settings: dict, data_settings: dict, made_from: C
         raise UserError(f"{folder}: another process is training here") from None
     except OSError as error:  # a file system without locks
         raise UserError(f"{folder}: cannot be locked ({error.strerror})") from None
-    if record.exists():
-        refuse_other_settings(folder, read_json(record).get("train"), settings)
+    stored = read_json(record) if record.exists() else None
+    if stored is not None and newest_checkpoint(folder):
+        refuse_other_settings(folder, stored.get("train"), settings)
+    elif stored is not None:
+        refuse_other_settings(folder, as_one_process(stored), as_one_process({"train": settings}))
+        write_json(record, stored | {"train": settings})
     else:
         provenance = {"train": made_from()}
         write_json(record, {"train": settings, "data": data_settings, "provenance": provenance})

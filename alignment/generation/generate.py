@@ -79,6 +79,7 @@ def parser() -> Parser:
     )
     p.add("--dataset_name_or_path", "prompts: file(s), folder(s) or hub name(s)", nargs="+", required=True)
     add_prompt_flags(p)
+    p.add("--keep_fields", "copy the data set's other fields, for a reward function to read", action="store_true")
     p.add(
         "--start",
         "first prompt, counted after the filters; one per slice",
@@ -208,7 +209,7 @@ def slices_to_do(
             read(functools.partial(compare_prompts, output))
             print(f"generate: {output} is already complete")
         else:
-            prompts = read(functools.partial(PromptFile, output))
+            prompts = read(functools.partial(PromptFile, output), args.keep_fields)
             todo.append(Slice(output, own_settings, Plan(prompts, start, pairs, args.K, args.seed)))
     return todo
 

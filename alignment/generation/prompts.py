@@ -53,12 +53,14 @@ class Prompt(NamedTuple):
         text: the templated prompt, exactly what was tokenized.
         token_ids: its ids, with the tokenizer's default special tokens; 4 bytes each.
         raw: the user's text without the template; the messages of a chat of several turns.
+        fields: what else the row holds, where that is kept.
     """
 
     where: str
     text: str
     token_ids: array.array
     raw: str | list[dict]
+    fields: dict = {}  # noqa: RUF012 (never changed)
 
     def digest(self) -> str:
         """Return a short hash of the text, by which an unfinished or finished result knows its prompt."""
@@ -118,11 +120,13 @@ def read_prompts(
     start: int,
     end: int | None,
     keep: Callable[[Iterator[Prompt]], Any] = list,
+    keep_fields: bool = False,
 ) -> Any:
     """Return the prompts of a slice of at most `longest` tokens; says what was left out, and what is odd.
 
     Args:
         keep: makes what is returned of an iterator over the prompts, which it has to exhaust.
+        keep_fields: whether a prompt has the other fields of its row.
     """
     prompts, notes = load_prompts(
         args.dataset_name_or_path,
@@ -135,9 +139,12 @@ def read_prompts(
         args.dataset_split,
         args.dataset_key,
         keep,
+        keep_fields,
     )
     if notes.left_out:
         print(f"{notes.left_out} prompts left out as too long")
+    if notes.fields:
+        print(f"not kept of the data set, since JSON has no such values: {', '.join(notes.fields)}")
     if notes.control_text:
         where, token = notes.control_text[0]
         print(
@@ -167,10 +174,12 @@ class Notes(NamedTuple):
     Attributes:
         left_out: how many were too long before the slice's end was reached.
         control_text: (where, token) of prompts whose text spells a control token.
+        fields: names of those that could not be kept.
     """
 
     left_out: int
     control_text: list[tuple[str, str]]
+    fields: list[str]
 
 
 def load_prompts(
@@ -184,6 +193,7 @@ def load_prompts(
     split: str = "train",
     key: str | None = None,
     keep: Callable[[Iterator[Prompt]], Any] = list,
+    keep_fields: bool = False,
 ) -> tuple[Any, Notes]:
     """Return prompts number `start` up to `end` of those that pass the filters, in the sources' order, and `Notes`.
 
@@ -196,20 +206,23 @@ def load_prompts(
         start, end: slice of the prompts that are left after both filters.
         split, key: the split of a data set, the field of a row (default: the first of PROMPT_KEYS that it has).
         keep: makes what is returned of an iterator over the prompts, which it has to exhaust.
+        keep_fields: whether a prompt has the other fields of its row, as far as JSON can hold them.
 
     Raises:
         UserError: a source cannot be read, a row has no text, or no prompt is left.
     """
-    left_out, count, controls, spelled = 0, 0, control_tokens(tokenizer), []
+    left_out, count, controls, spelled, unkept = 0, 0, control_tokens(tokenizer), [], {}
 
     def kept() -> Iterator[Prompt]:
         nonlocal left_out
         for where, row in itertools.chain.from_iterable(read_rows(source, split) for source in sources):
-            text, raw = apply_template(where, raw_prompt(where, row, key), template, tokenizer)
+            own = key_of(where, row, key)
+            text, raw = apply_template(where, raw_prompt(where, row, own), template, tokenizer)
             if max_characters is None or len(text) <= max_characters:
                 ids = encode_prompt(tokenizer, text)
                 if max_tokens is None or len(ids) <= max_tokens:
-                    yield Prompt(where, text, array.array("I", ids), raw)
+                    fields = other_fields(row, own, unkept) if keep_fields else {}
+                    yield Prompt(where, text, array.array("I", ids), raw, fields)
                     continue
             left_out += 1
 
@@ -225,14 +238,31 @@ def load_prompts(
     if not count:
         slice_text = f" between number {start} and {'the end' if end is None else end}"
         raise UserError(f"{' '.join(sources)}: no prompts{slice_text} ({left_out} left out as too long)")
-    return prompts, Notes(left_out, spelled)
+    return prompts, Notes(left_out, spelled, list(unkept))
 
 
-def raw_prompt(where: str, row: object, key: str | None = None) -> str | list[dict]:
-    """Return the text or the chat messages of a row; null is absent. Raises `UserError` if it has none."""
+def key_of(where: str, row: object, key: str | None) -> str | None:
+    """Return which field of a row is its prompt; null is absent. Raises `UserError` if the row is not an object."""
     if not isinstance(row, dict):
         raise UserError(f"{where}: not an object")
-    key = key or next((name for name in PROMPT_KEYS if row.get(name) is not None), None)
+    return key or next((name for name in PROMPT_KEYS if row.get(name) is not None), None)
+
+
+def other_fields(row: dict, key: str, unkept: dict) -> dict:
+    """Return the fields of a row but for its prompt; to `unkept` come the names of those that JSON cannot hold."""
+    found = {}
+    for name, value in row.items():
+        try:
+            if name != key:
+                check_writable("", {name: value})
+                found[name] = value
+        except (UserError, TypeError):
+            unkept[name] = True
+    return found
+
+
+def raw_prompt(where: str, row: dict, key: str | None) -> str | list[dict]:
+    """Return the text or the chat messages of a row. Raises `UserError` if it has none."""
     value = row.get(key)
     check_writable(where, {key: value})
     if isinstance(value, list):

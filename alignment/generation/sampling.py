@@ -201,6 +201,7 @@ class Plan(NamedTuple):
                 "pairs": [assignment.row for assignment in self.assignments(index)],
                 "stop_reasons": [response["stop_reason"] for response in responses],
                 "num_tokens": [len(response["ids"]) for response in responses],
+                **({"fields": prompt.fields} if prompt.fields else {}),
             }
 
 

@@ -11,7 +11,7 @@ from common.cli import UserError
 
 PROJECT = Path(__file__).resolve().parents[2]
 ENVIRONMENTS = ("vllm", "rlhflow", "rewardflow")
-SEES_A_GPU = "import sys, torch; sys.exit(not (torch.version.cuda and torch.cuda.is_available()))"
+SEES_GPUS = "import sys, torch; sys.exit(not torch.version.cuda or torch.cuda.device_count() < {})"
 
 
 def _nvidia_smi(*options: str) -> list[str]:
@@ -79,20 +79,25 @@ def python_of(environment: str, on_cpu: bool = False) -> Path | None:
     return next((folder / "bin/python" for folder in folders if os.access(folder / "bin/python", os.X_OK)), None)
 
 
-def check_environments(used_gpus: int) -> None:
-    """Raise `UserError` for an environment that is missing, or whose torch sees no GPU where some are to be used."""
+def check_environments(used_gpus: int, trains_on_cpus: bool) -> None:
+    """Raise `UserError` for an environment that is missing, or whose torch sees fewer GPUs than are to be used.
+
+    Args:
+        trains_on_cpus: `used_gpus` counts processes, as configs/cpu.yaml has it.
+    """
     found = {name: python_of(name, on_cpu=used_gpus == 0) for name in ENVIRONMENTS}
     for name, python in found.items():
         if python is None:
             raise UserError(f"no environment for {name}: run 'bash setup.sh gpu' (or cpu) in {PROJECT} first")
-    if used_gpus == 0 or listed_gpus() == 0:
+    if used_gpus == 0 or trains_on_cpus:
         return
     pythons = list(dict.fromkeys(found.values()))
     with ThreadPoolExecutor() as pool:
-        codes = list(pool.map(lambda python: subprocess.run([python, "-c", SEES_A_GPU]).returncode, pythons))
+        code = SEES_GPUS.format(used_gpus)
+        codes = list(pool.map(lambda python: subprocess.run([python, "-c", code]).returncode, pythons))
     for python, code in zip(pythons, codes, strict=True):
         if code:
             raise UserError(
-                f"nvidia-smi lists a GPU that the torch of {python} cannot use: a CPU build, or an old driver; "
-                "'bash setup.sh gpu' makes environments that can. GPUS=0 uses the CPU."
+                f"GPUS={used_gpus}: the torch of {python} can use fewer: there are fewer, it is a CPU build, or the "
+                "driver is old; 'bash setup.sh gpu' makes environments for GPUs. GPUS=0 uses the CPU."
             )

@@ -133,10 +133,15 @@ def checkpoint_bytes(shape: Shape) -> int:
     return (OPTIMIZER + BF16) * shape.parameters
 
 
-def training_bytes(parameters: int, gpus: int) -> float:
-    """Return a GPU's weights, gradients and optimizer states under ZeRO-3, at the peak of the optimizer's step."""
+def training_bytes(parameters: int, gpus: int, whole: bool = False) -> float:
+    """Return a GPU's weights, gradients and optimizer states under ZeRO-3, at the peak of the optimizer's step.
+
+    Args:
+        whole: each GPU holds all weights, as under ZeRO-2.
+    """
     shard = parameters / gpus
-    return shard * (WEIGHT + GRADIENT + OPTIMIZER) + FP32 * min(shard, SUB_GROUP)
+    weights = WEIGHT * (parameters if whole else shard)
+    return weights + shard * (GRADIENT + OPTIMIZER) + FP32 * min(shard, SUB_GROUP)
 
 
 def live_bytes(shape: Shape, gpus: int) -> float:
@@ -163,8 +168,8 @@ def lora_parameters(shape: Shape, rank: int) -> int:
 def training_need(s: Settings, shape: Shape, **changed) -> float:
     """Return the bytes per GPU of training with these settings, some of them `changed`."""
     s = replace(s, **changed)
-    gpus = s.GPUS * s.NUM_MACHINES
-    shards = gpus if s.ACCELERATE_CONFIG.startswith(("zero3", "fsdp")) else 1
+    whole = not s.ACCELERATE_CONFIG.startswith(("zero3", "fsdp"))
+    shards = 1 if whole else s.processes
     # Without checkpointing a layer keeps about six tensors of its input's size.
     kept = shape.layers if s.GRADIENT_CHECKPOINTING else 6 * shape.layers
     need = OVERHEAD + activation_bytes(shape, s.PER_DEVICE_BATCH * 2 * s.MAX_LENGTH, kept)
@@ -175,7 +180,8 @@ def training_need(s: Settings, shape: Shape, **changed) -> float:
     if s.USE_LORA:
         adapters = lora_parameters(shape, s.LORA_R or 16)
         return need + model_file_bytes(shape, FOUR_BIT if s.QLORA else BF16) / shards + training_bytes(adapters, 1)
-    return need + training_bytes(shape.parameters, shards) + GRADIENT * min(REDUCE_BUCKET, shape.parameters)
+    states = s.processes if s.ACCELERATE_CONFIG == "zero2" else shards
+    return need + training_bytes(shape.parameters, states, whole) + GRADIENT * min(REDUCE_BUCKET, shape.parameters)
 
 
 def say_what_fits(s: Settings, shape: Shape, room: float) -> str:
@@ -191,8 +197,10 @@ def say_what_fits(s: Settings, shape: Shape, room: float) -> str:
     }
     needs = {way: training_need(s, shape, **values) for way, values in ways.items()}
     found = [f"{way} ({gb(need)})" for way, need in needs.items() if need <= room]
-    counts = (n for n in range(1, 1025) if training_need(replace(s, GPUS=n, NUM_MACHINES=1), shape) <= room)
-    return "; ".join([*found, f"{next(counts, 'more than 1024')} GPUs"])
+    config = "zero3" if s.ACCELERATE_CONFIG == "single" else s.ACCELERATE_CONFIG
+    many = {"NUM_MACHINES": 1, "ACCELERATE_CONFIG": config}
+    counts = (n for n in range(1, 1025) if training_need(s, shape, GPUS=n, **many) <= room)
+    return "; ".join([*found, f"ACCELERATE_CONFIG={config} on {next(counts, 'more than 1024')} GPUs"])
 
 
 def gb(size: float) -> str:

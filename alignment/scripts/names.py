@@ -17,12 +17,6 @@ Standard library only.
 from pathlib import Path
 
 PROMPTS = ("test_prompts", "train_prompts")
-SCORED = ("rewards", "judge")
-
-
-def label(iteration: int, sampler: str) -> str:
-    """Return the label of the model that `sampler` has after `iteration`."""
-    return ("base", "shared")[iteration] if iteration < 2 else sampler
 
 
 def models(samplers: list[str], iterations: int) -> list[tuple[int, str]]:
@@ -56,7 +50,7 @@ def evaluation(
 ) -> Path:
     """Return the file of a model's responses to the evaluation prompts: one of `PROMPTS`, or `kl_prompts`.
 
-    `scored`, one of `SCORED`: the file with the scores of the reward model or of the judge.
+    `scored`, `rewards` or `judge`: the file with the scores of the reward model or of the judge.
     """
     suffix = f"_{scored}" if scored else ""
     return Path(run_dir, "eval", prompts, f"{stem(iteration, label)}{suffix}.json")

@@ -2,7 +2,8 @@
 
 Reads   arguments NAME=value, the recipe that they name, and what the machine has.
 Writes  to standard output, one per line, what a driver needs: all settings as JSON, then RUN_DIR, the lock's file,
-        ITERS, SEEDS and SAMPLERS. A wrong setting is one line on standard error and exit code 2.
+        the Python of all stages where they run on a CPU, ITERS, SEEDS and SAMPLERS. A wrong setting is one line on
+        standard error and exit code 2.
 
     python alignment/scripts/resolve.py DRIVER SAMPLERS="online mixp" ITERS=2
     python alignment/scripts/resolve.py DRIVER --help
@@ -21,6 +22,7 @@ ALIGNMENT = Path(__file__).resolve().parents[1]
 PROJECT = ALIGNMENT.parent
 sys.path[:0] = [str(PROJECT), str(ALIGNMENT)]
 
+from annotate_data.reward_function import FunctionRewards
 from bandit.mixtures import get_mixture
 from common.cli import UserError, fail
 from generation.sampling import check_count, check_temperature, sampler_from_json
@@ -93,7 +95,10 @@ def read_recipe(recipe: str, above: tuple[str, ...] = ()) -> dict:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from None
     if not isinstance(rows, dict):
         raise UserError(f"{path}: not a list of NAME: value")
-    base = read_recipe(str(rows.pop(EXTENDS)), (*above, recipe)) if EXTENDS in rows else {}
+    base = {}
+    if EXTENDS in rows:
+        other = str(rows.pop(EXTENDS))  # a file's path is relative to this one
+        base = read_recipe(str(path.parent / other) if other.endswith(".yaml") else other, (*above, recipe))
     return base | {name: read(str(name), value, f"{path.name}: ") for name, value in rows.items()}
 
 
@@ -107,6 +112,7 @@ def resolve(words: list[str]) -> Settings:
     for name in ("BASE_MODEL", "REWARD_MODEL", "JUDGE_MODEL"):  # a recipe's names in the folder of assets
         setattr(s, name, getattr(s, name) and getattr(s, name).replace("${ASSETS}", s.ASSETS))
     s.PROMPTS = s.PROMPTS and [source.replace("${ASSETS}", s.ASSETS) for source in s.PROMPTS]
+    s.REWARD_TEMPLATE = s.REWARD_TEMPLATE or ("chat" if s.TEMPLATE == "chat" else "none")
     s.JUDGE_TEMPLATE = s.JUDGE_TEMPLATE or s.REWARD_TEMPLATE
     s.EVAL_TRAIN_END = min(s.EVAL_TRAIN_END or s.TRAIN_END, s.TRAIN_END)
     s.KL_TEMPERATURE = s.TEMPERATURE if s.KL_TEMPERATURE is None else s.KL_TEMPERATURE
@@ -125,7 +131,7 @@ def check_names(s: Settings) -> None:
             check_count(own.pairs(s.BETA), s.K or own.candidates)
         except (ValueError, UserError) as error:
             raise UserError(f"SAMPLERS, {sampler}: {error}") from None
-    configs = {file.stem for file in (ALIGNMENT / "configs").glob("*.yaml")}
+    configs = {"single", *(file.stem for file in (ALIGNMENT / "configs").glob("*.yaml"))}
     tables = {"ACCELERATE_CONFIG": configs}
     if s.LOSS_TYPE != "rev_kl":
         with contextlib.suppress(ImportError):  # of torch: it takes seconds, and this Python may have none
@@ -135,6 +141,17 @@ def check_names(s: Settings) -> None:
     for name, table in tables.items():
         if getattr(s, name) not in table:
             raise UserError(f"{name} {getattr(s, name)!r}: there are {', '.join(sorted(table))}")
+
+
+def check_files(s: Settings) -> None:
+    """Raise `UserError` for a path that is not there, but for the quickstart's assets, before a stage has run."""
+    if s.REWARD_FUNCTION:
+        FunctionRewards(s.REWARD_FUNCTION)
+    for name in ("BASE_MODEL", "REWARD_MODEL", "JUDGE_MODEL", "ITER1_MODEL"):
+        value = getattr(s, name) or ""
+        is_path = value.startswith(("/", "./", "../", "~")) and not value.startswith(f"{s.ASSETS}/")
+        if is_path and not Path(value).exists():
+            raise UserError(f"{name} {value}: no such folder")
 
 
 def check_values(s: Settings) -> None:
@@ -177,8 +194,16 @@ def check(s: Settings, driver: str) -> None:
             raise UserError(f"recipe {s.RECIPE} names no {name}; give {name}=...")
     check_names(s)
     check_values(s)
+    if not s.DRY_RUN:
+        check_files(s)
+    if s.MODELS and driver.startswith("sample_train"):
+        raise UserError(
+            f"MODELS {show(s.MODELS)}: they are evaluated, not trained: sample_kl.sh, sample_eval_safe_rlhf.sh"
+        )
     if not s.MACHINE_RANK < s.NUM_MACHINES:
         raise UserError(f"MACHINE_RANK {s.MACHINE_RANK}: with NUM_MACHINES {s.NUM_MACHINES} it is below that")
+    if s.NUM_MACHINES > 1 and s.ACCELERATE_CONFIG == "single":
+        raise UserError(f"ACCELERATE_CONFIG single is one process: NUM_MACHINES is {s.NUM_MACHINES}")
     if s.NUM_MACHINES > 1 and not driver.startswith("sample_train"):
         raise UserError(f"{driver} runs on one machine: NUM_MACHINES is {s.NUM_MACHINES}")
     if driver.startswith("sample_train"):
@@ -192,15 +217,14 @@ def check(s: Settings, driver: str) -> None:
     fits = memory.check(s, driver, size) if size else None
     s.MAX_NUM_SEQS = s.MAX_NUM_SEQS or fits or 64
     if not s.DRY_RUN:
-        machine.check_environments(s.GPUS)
+        machine.check_environments(s.GPUS, s.ACCELERATE_CONFIG == "cpu")
 
 
 def settle_batches(s: Settings) -> None:
     """Make PER_DEVICE_BATCH a divisor of a process's share. Raise `UserError` where shares are not equal."""
-    processes = s.GPUS * s.NUM_MACHINES or 1
-    share, rest = divmod(s.GLOBAL_BATCH, processes)
+    share, rest = divmod(s.GLOBAL_BATCH, s.processes)
     if rest:
-        raise UserError(f"GLOBAL_BATCH {s.GLOBAL_BATCH} is not a multiple of the {processes} processes that train")
+        raise UserError(f"GLOBAL_BATCH {s.GLOBAL_BATCH} is not a multiple of the {s.processes} processes that train")
     s.PER_DEVICE_BATCH = max(size for size in range(1, s.PER_DEVICE_BATCH + 1) if share % size == 0)
 
 
@@ -271,7 +295,8 @@ def main() -> None:
     except UserError as error:
         fail(str(error), driver)
     print(json.dumps(asdict(settings)))
-    print(settings.RUN_DIR, lock, seconds, settings.ITERS, sep="\n")
+    on_cpu = settings.GPUS == 0 and not settings.DRY_RUN
+    print(settings.RUN_DIR, lock, seconds, on_cpu and machine.python_of("cpu") or "", settings.ITERS, sep="\n")
     print(show(settings.SEEDS), show(settings.SAMPLERS), sep="\n")
 
 

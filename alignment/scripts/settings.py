@@ -220,13 +220,17 @@ class Settings:
 
     # Rewards
     REWARD_MODEL: str = setting(None, PATH, "reward model that labels pairs: folder or hub name")
-    REWARD_TEMPLATE: str = setting("none", one_of("none", "chat"), "none: prompt + response as plain text")
+    REWARD_TEMPLATE: str = setting(
+        None,
+        one_of("none", "chat"),
+        "none: prompt + response as plain text; chat: the reward model's own; not set: chat where TEMPLATE is",
+    )
     REWARD_COLUMN: int = setting(None, NATURAL, "the reward among a model's labels, where it has several")
     REWARD_MAX_LENGTH: int = setting(None, COUNT, "kept of a text; not set: what the model allows", "tokens")
     REWARD_DTYPE: str = setting(
         None,
         one_of("float32", "bfloat16", "native"),
-        "native: bfloat16 on a CPU that multiplies it faster; else, and not set: on a GPU for weights of 16 bits",
+        "not set: bfloat16 on a GPU for 16-bit weights, else float32; native: also on a CPU where it is faster",
     )
     TOKEN_BUDGET: int = setting(None, COUNT, "most in a batch; not set: 16384 on a GPU, else 2048", "tokens")
     REWARD_FUNCTION: str = setting(None, PATH, "FILE.py:NAME, a Python function instead of REWARD_MODEL")
@@ -264,7 +268,7 @@ class Settings:
     )
     SAVE_DTYPE: str = setting(None, DTYPE, "of the saved weights; not set: bfloat16 with BF16, else float32")
     ACCELERATE_CONFIG: str = setting(
-        "zero3", NAMES._replace(read=lambda text: _names(text)[0]), "a file of alignment/configs, for GPUs"
+        "zero3", NAMES._replace(read=lambda text: _names(text)[0]), "a file of alignment/configs; single: one process"
     )
     ATTENTION: str = setting(
         None, TEXT, "attention of transformers; not set: sdpa; flash_attention_2 does not share prefixes"
@@ -303,6 +307,11 @@ class Settings:
     MACHINE_RANK: int = setting(0, NATURAL, "of this machine; 0 makes the data, all train")
     MASTER_ADDR: str = setting("localhost", TEXT, "machine of rank 0, where there are several")
     MASTER_PORT: int = setting(29500, COUNT, "its port for training, where there are several machines")
+
+    @property
+    def processes(self) -> int:
+        """How many processes train."""
+        return 1 if self.ACCELERATE_CONFIG == "single" else self.GPUS * self.NUM_MACHINES or 1
 
     @property
     def kl_part(self) -> str:

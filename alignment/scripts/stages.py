@@ -141,6 +141,7 @@ def generate(s: Settings, n: int, samplers: list[str]) -> Commands:
             K=s.K,
             beta=s.BETA,
             temperature=s.TEMPERATURE,
+            keep_fields=switch(s.REWARD_FUNCTION is not None),
             **engine(s),
             **engines(s, s.TENSOR_PARALLEL_SIZE),
             seed=seed_of(s, sampler) * 1000 + n,
@@ -195,13 +196,13 @@ def annotate(s: Settings, n: int, samplers: list[str]) -> Commands:
 
 
 def launcher(s: Settings) -> Words:
-    """Return what starts training: one process on a CPU, else `accelerate launch` on all GPUs of all machines."""
+    """Return what starts training: Python for one process, else `accelerate launch` on all GPUs of all machines."""
     words = [python(s, "rlhflow")]
-    if s.GPUS == 0:
+    if s.GPUS == 0 or s.ACCELERATE_CONFIG == "single":
         return words
     words += ["-m", "accelerate.commands.launch"] + flags(
         config_file=ALIGNMENT / "configs" / f"{s.ACCELERATE_CONFIG}.yaml",
-        num_processes=s.GPUS * s.NUM_MACHINES,
+        num_processes=s.processes,
         num_machines=s.NUM_MACHINES,
         machine_rank=s.MACHINE_RANK,
     )
@@ -217,7 +218,6 @@ def train(s: Settings, n: int, samplers: list[str]) -> Commands:
 
 def training(s: Settings, n: int, sampler: str) -> Words:
     """Return the command that trains the model of iteration n with one sampler."""
-    together = s.PER_DEVICE_BATCH * (s.GPUS * s.NUM_MACHINES or 1)
     line = flags(
         model_name_or_path=model(s, n - 1, sampler),
         ref_model=s.BASE_MODEL,
@@ -238,7 +238,7 @@ def training(s: Settings, n: int, sampler: str) -> Words:
         num_train_epochs=s.EPOCHS,
         max_steps=s.MAX_STEPS,
         per_device_train_batch_size=s.PER_DEVICE_BATCH,
-        gradient_accumulation_steps=s.GLOBAL_BATCH // together,
+        gradient_accumulation_steps=s.GLOBAL_BATCH // (s.PER_DEVICE_BATCH * s.processes),
         gradient_checkpointing=s.GRADIENT_CHECKPOINTING,
         eval_fraction=s.EVAL_FRACTION,
         save_strategy=s.SAVE_STRATEGY,
@@ -296,6 +296,7 @@ def trained(s: Settings, first: int) -> list[tuple[int, str]]:
 def answers(s: Settings, lines: dict[tuple[int | None, str], dict]) -> Commands:
     """Return the commands in which models, named by (iteration, label), answer prompts; with the flags of each."""
     shared = engine(s) | (engines(s, s.TENSOR_PARALLEL_SIZE) if by_ray(s) else {}) | {"seed": s.SEED * 1000}
+    shared |= {"keep_fields": switch(s.REWARD_FUNCTION is not None)}
     words = [
         flags(model_name_or_path=model(s, *which), **prompts(s), sampler="online", **own, **shared)
         for which, own in lines.items()
@@ -435,6 +436,7 @@ def scorer(s: Settings, name: str, base: str, pairs: str, **more) -> Commands:
         train_file=f"{s.ASSETS}/{pairs}",
         output_dir=f"{s.ASSETS}/{name}",
         trainable_layers=2,
+        dtype=s.REWARD_DTYPE,
         **more,
     )
     return script(s, "rlhflow", "reward_model/train_reward_model.py", [line])

@@ -12,10 +12,10 @@ import pytest
 import torch
 from commands import python
 from lab import train
-from lab.checkpoint import load_checkpoint, numbers, save_checkpoint, words
 from lab.environment import Setting, make_environment
 from lab.learners import Transformer
 from lab.sampling import lab_sampler, pair_law
+from lab_checkpoint import load_checkpoint, numbers, save_checkpoint, words
 from scipy import stats
 from transformers import AutoModelForCausalLM
 

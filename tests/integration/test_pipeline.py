@@ -1,5 +1,6 @@
 """The real drivers from end to end on tiny models: two samplers, two iterations, evaluation, KL, report."""
 
+import datetime
 import json
 import math
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 import yaml
 from commands import FORKS, bash, settings
+from datasets import Dataset
 from driver_runs import EVALUATE, KL, TRAIN, inputs, save_inputs
 from safetensors.torch import load_file
 
@@ -110,6 +112,29 @@ def test_a_second_run_does_no_work(run, given):
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("already") == 9
     assert {p: p.stat().st_mtime_ns for p in files} == files
+
+
+def test_a_reward_function_sees_the_data_sets_own_fields(place, given, tmp_path):
+    """An answer to compare with; `messages` of the data set are not the prompt's; what JSON has not is left out."""
+    rows = [
+        {"prompt": f"{i} and {i}?", "answer": 2 * i, "messages": [{"role": "user", "content": "x"}]} for i in range(8)
+    ]
+    Dataset.from_list([row | {"day": datetime.date(2026, 1, 1 + row["answer"])} for row in rows]).to_parquet(
+        tmp_path / "sums.parquet"
+    )
+    (tmp_path / "rules.py").write_text(
+        "def score(prompt, responses, fields):\n"
+        "    assert 'day' not in fields and fields['raw_prompt'] == prompt\n"
+        "    return [fields['answer'] + i / 8 for i in range(len(responses))]\n"
+    )
+    own = {"PROMPTS": tmp_path / "sums.parquet", "REWARD_FUNCTION": f"{tmp_path}/rules.py:score"}
+    own |= {"ITERS": 1, "RUN_DIR": tmp_path / "run", "BACKEND": "hf"}
+    result = bash(f"alignment/{TRAIN}", *settings(**given | own), LOADED_PYTHON=FORKS.started())
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "not kept of the data set, since JSON has no such values: day" in result.stdout
+    scored = read_records(tmp_path / "run/data/data_with_rewards_iter1_online.json", ("rewards",))[0]
+    assert [i["rewards"] for i in scored] == [[2 * n, 2 * n + 1 / 8] for n in range(8)]
+    assert (tmp_path / "run/models/rlhflow_iter1/model.safetensors").exists()
 
 
 def test_other_settings_are_named_and_refused(run, given):

@@ -122,8 +122,35 @@ def test_continuing_says_so_and_other_settings_are_refused(models, tmp_path, cap
     start([sys.executable, wrapper(tmp_path, kill), *flags(models, data, tmp_path / "out", **more)])
     with pytest.raises(UserError, match="out.partial: exists, made with margin_scale=4.0, now margin_scale=1.0"):
         train(models, data, tmp_path / "out", margin_scale=1, **more)
+    with pytest.raises(UserError, match="made with gradient_accumulation_steps=1, now gradient_accumulation_steps=2"):
+        train(
+            models,
+            data,
+            tmp_path / "out",
+            **more | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
+        )
     train(models, data, tmp_path / "out", **more)
     assert "continuing from" in capsys.readouterr().out
+
+
+def test_without_a_checkpoint_a_step_may_be_divided_otherwise(models, tmp_path, capsys):
+    """As on another number of GPUs, or with less memory: what has not begun goes on, what is done is done."""
+    from common.cli import UserError
+
+    def share(pairs, passes):
+        return {"per_device_train_batch_size": pairs, "gradient_accumulation_steps": passes, "save_steps": 4}
+
+    data = write_data(tmp_path / "d.json", make_instances(rows=8))
+    kill = "self.state.global_step == 1 and os.kill(os.getpid(), signal.SIGKILL)"
+    start([sys.executable, wrapper(tmp_path, kill), *flags(models, data, tmp_path / "out", **share(4, 1))])
+    assert (tmp_path / "out.partial/settings.json").exists()
+    found = train(models, data, tmp_path / "out", **share(2, 2))
+    assert found == pytest.approx(train(models, data, tmp_path / "whole", **share(4, 1)), abs=1e-6)
+    assert '"gradient_accumulation_steps": 2' in (tmp_path / "out/settings.json").read_text()
+    train(models, data, tmp_path / "out", **share(1, 4))
+    assert "out: already done" in capsys.readouterr().out
+    with pytest.raises(UserError, match="made with pairs_per_step=4, now pairs_per_step=2"):
+        train(models, data, tmp_path / "out", **share(1, 2))
 
 
 def test_two_processes_equal_one(models, tmp_path):

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from commands import ALIGNMENT, bash, run, settings
+from commands import ALIGNMENT, PROJECT, bash, run, settings
 from plans import fake_nvidia_smi, flag, in_turn, plan, refused, values
 
 from bandit.mixtures import get_mixture
@@ -376,6 +376,8 @@ def test_a_gpu_that_torch_cannot_use_is_refused(tmp_path):
         ({"TRAIN_START": 10000}, "TRAIN_END"),
         ({"TRAIN_START": 100, "EVAL_TRAIN_END": 50}, "EVAL_TRAIN_END"),
         ({"samplers": "mixp"}, "SAMPLERS"),
+        ({"RECIPE": "published"}, "MODELS"),
+        ({"ACCELERATE_CONFIG": "single", "NUM_MACHINES": 2}, "NUM_MACHINES"),
     ],
 )
 def test_wrong_settings(given, named):
@@ -391,6 +393,37 @@ def test_what_trains_nothing_takes_any_number_of_gpus():
 def test_the_kl_stays_within_the_test_prompts():
     [words, *_] = [words for _, words in plan("sample_kl.sh", TEST_START=0, TEST_END=96, TRAIN_START=100)]
     assert (flag(words, "--start"), flag(words, "--end")) == ("0", "96")
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"REWARD_FUNCTION": "no/file.py:score"}, "no/file.py"),
+        ({"REWARD_FUNCTION": "score"}, "FILE.py:NAME"),
+        ({"REWARD_MODEL": "/no/model"}, "REWARD_MODEL /no/model"),
+        ({"JUDGE_MODEL": "../no/model"}, "JUDGE_MODEL ../no/model"),
+        ({"BASE_MODEL": "./model"}, "BASE_MODEL ./model"),
+        ({"ITER1_MODEL": "/no/model"}, "ITER1_MODEL /no/model"),
+        ({"GPUS": 1}, "GPUS=1"),
+    ],
+)
+def test_what_is_not_there_is_missed_before_anything_runs(given, named, tmp_path):
+    line = refused(TRAIN, RECIPE="quickstart", RUN_DIR=tmp_path / "run", **{"BASE_MODEL": PROJECT, **given})
+    assert named in line and not (tmp_path / "run").exists()
+
+
+def test_a_recipe_extends_a_file_beside_it(tmp_path):
+    (tmp_path / "base.yaml").write_text("EXTENDS: safe_rlhf\nITERS: 5\nSEED: 1\n")
+    (tmp_path / "mine.yaml").write_text("EXTENDS: base.yaml\nSEED: 2\n")
+    s = resolve([f"RECIPE={tmp_path / 'mine.yaml'}"])
+    assert (s.ITERS, s.SEED, s.MARGIN_SCALE) == (5, 2, 4)
+
+
+def test_a_reward_model_reads_chats_where_the_policy_does():
+    """Otherwise it would read the policy's template as text."""
+    found = [resolve([*words]).REWARD_TEMPLATE for words in ([], ["TEMPLATE=chat"], ["TEMPLATE=alpaca"])]
+    assert found == ["none", "chat", "none"]
+    assert resolve(["TEMPLATE=chat", "REWARD_TEMPLATE=none"]).JUDGE_TEMPLATE == "none"
 
 
 @pytest.mark.parametrize("text", ["NO_SUCH: 1", "ITERS: two", "- a list", "ITERS: [", "EXTENDS: none"])

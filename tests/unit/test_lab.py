@@ -10,10 +10,10 @@ import pytest
 import torch
 from commands import PROJECT
 from lab import curvature, design, intervals, noise, sampling, train
-from lab.checkpoint import load_checkpoint, save_checkpoint
 from lab.environment import Environment, Setting, exact_values, make_environment
 from lab.learners import Scores, Transformer, structure
 from lab.tree import mixed, next_token_logps, response_logps, responses
+from lab_checkpoint import load_checkpoint, save_checkpoint
 from scipy import special, stats
 from transformers import GPT2LMHeadModel
 

@@ -94,8 +94,26 @@ def test_recipes_of_one_gpu_fit_on_it(recipe, mebibytes, driver, tmp_path):
     commands = plan(driver, fake_nvidia_smi(tmp_path, 1, mebibytes), RECIPE=recipe)
     for stage, words in commands:
         if stage.startswith("train"):
-            assert flag(words, "--use_lora") == "True" and flag(words, "--num_processes") == "1"
+            assert flag(words, "--use_lora") == "True" and words[1].endswith("run_dpo.py")
         assert "--num_engines" not in words
+
+
+def test_on_a_machine_of_eight_they_still_train_one_process_with_the_same_batch(tmp_path):
+    """accelerate would start one process for any number and divide the batch by it."""
+    one, eight = (fake_nvidia_smi(tmp_path / str(n), n, MIB_80) for n in (1, 8))
+    trainings = [dict(plan(TRAIN, gpus, RECIPE="one_gpu_80gb"))["train 2 mixp"] for gpus in (one, eight)]
+    assert trainings[0] == trainings[1]
+    together = [
+        flag(trainings[0], f"--{name}") for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
+    ]
+    assert together == ["4", "4"]  # 16 pairs
+
+
+def test_zero2_holds_all_weights_and_a_share_of_the_rest(tmp_path):
+    activations = 2 * 512 * (32 * 4096 + 8 * 4096 + 4 * 11008)
+    by_hand = 2 * P + 14 * P / 8 + 4 * P / 8 + 2 * 5e8 + 4e9 + activations
+    assert memory.training_need(settings("GPUS=8", "ACCELERATE_CONFIG=zero2"), SEVEN) == pytest.approx(by_hand)
+    assert plan(TRAIN, fake_nvidia_smi(tmp_path, 8, MIB_80), ITERS=1, ACCELERATE_CONFIG="zero2")
 
 
 def test_a_smaller_gpu_is_refused(tmp_path):
