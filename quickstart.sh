@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole system on a machine without a GPU: set-up, assets, iterations of online DPO for each sampler, report.
 #   bash quickstart.sh                                  four samplers, three iterations; it says how long it will take here
-#   bash quickstart.sh SAMPLERS="online mixp" ITERS=2   about 11 minutes, and set-up
+#   bash quickstart.sh SAMPLERS="online mixp" ITERS=2   about 10 minutes, and set-up
 # Stopped at any point, the same command continues. Takes every setting of the drivers (--help lists them).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"

@@ -3,7 +3,8 @@
 Reads   the quickstart's prompts (alignment/assets), repeated as often as needed. Writes nothing that stays; prints a
         Markdown table.
 
-The models are small enough for 100,000 prompts; vLLM's cache (1 GiB) is in memory from its start.
+The models are small enough for 100,000 prompts, and keep so much of a token that few prompts fill vLLM's cache
+(1 GiB): a page of it is in memory only when it was written.
 
     python benchmarks/memory.py
     python benchmarks/memory.py --prompts 1000 10000 --max_new_tokens 16
@@ -29,7 +30,7 @@ are generated), tiny random models; baseline: few prompts, ours: many. vLLM's ca
 MODELS = """
 import sys
 from tiny import save_tiny_policy, save_tiny_reward_model
-shape = {"hidden": 64, "heads": 2, "layers": 1, "context": 256, "sharpness": 6.0}
+shape = {"hidden": 64, "heads": 2, "layers": 4, "context": 256, "sharpness": 6.0}
 save_tiny_policy(sys.argv[1] + "/policy", 0, **shape)
 save_tiny_policy(sys.argv[1] + "/reference", 1, **shape)
 save_tiny_reward_model(sys.argv[1] + "/reward", 2, context=256)

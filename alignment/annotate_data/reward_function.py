@@ -5,8 +5,8 @@
 
         prompt: the instance's `prompt`, with the policy's template if generation applied one.
         responses: its K responses.
-        fields: what else the instance holds, such as `raw_prompt`, `messages`, `response_ids`; and what else the
-            data set of prompts holds, such as an `answer` to compare with (generate.py --keep_fields).
+        fields: what else the instance holds, such as `raw_prompt`, `messages`, `response_ids`; and the prompts' data
+            set, such as an `answer` to compare with (generate.py --keep_fields), but for names in OF_AN_INSTANCE.
         '''
 
 It is called once per instance, in file order; True and False count as 1 and 0. Nothing here imports torch.
@@ -21,6 +21,11 @@ from pathlib import Path
 from common.cli import UserError, first_line
 from common.provenance import data_inputs
 from common.records import sha256
+
+# What generation and annotation say of an instance; a data set's own field of such a name is another thing.
+OF_AN_INSTANCE = {"prompt", "raw_prompt", "messages", "responses", "rewards", "fields"} | {
+    *("response_ids", "pairs", "stop_reasons", "num_tokens")
+}
 
 
 class FunctionRewards:
@@ -74,9 +79,10 @@ class FunctionRewards:
         return next(instance for n, instance in enumerate(job.records) if n == row)["responses"][k]
 
     def _call(self, instance: dict, where: str) -> list[float]:
-        kept = instance.get("fields")
-        own = {key: value for key, value in instance.items() if key not in ("prompt", "responses")}
-        fields = {**(kept if isinstance(kept, dict) else {}), **own}
+        fields = {key: value for key, value in instance.items() if key not in ("prompt", "responses")}
+        if isinstance(kept := fields.get("fields"), dict):
+            del fields["fields"]
+            fields = {key: value for key, value in kept.items() if key not in OF_AN_INSTANCE} | fields
         try:
             found = self.function(instance["prompt"], list(instance["responses"]), fields)
         except (Exception, SystemExit) as error:

@@ -11,7 +11,10 @@ TEMPLATES = ("none", "chat")
 def check_template(template: str, tokenizer, name: str) -> None:
     """Raises `UserError` if `template` is "chat" and the reward model's tokenizer has no chat template."""
     if template == "chat" and not tokenizer.chat_template:
-        raise UserError(f"reward model {name}: its tokenizer has no chat template; use --reward_template none")
+        raise UserError(
+            f"reward model {name}: its tokenizer has no chat template; use --reward_template none (in a driver "
+            "REWARD_TEMPLATE or JUDGE_TEMPLATE)"
+        )
 
 
 def conversation(instance: dict, where: str, policy_template: str | None) -> list[dict]:

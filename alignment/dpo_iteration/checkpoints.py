@@ -34,31 +34,38 @@ def work_dir(output_dir: str) -> Path:
     return Path(str(Path(output_dir)) + ".partial")
 
 
-def is_done(output_dir: str, settings: dict) -> bool:
-    """Return whether `output_dir` holds the result of these settings; anything else there is a `UserError`."""
+def is_done(output_dir: str, settings: dict, exactly: bool = False) -> bool:
+    """Return whether `output_dir` holds the result of these settings; anything else there is a `UserError`.
+
+    Args:
+        exactly: how a step's pairs are divided is a setting too, see `training_settings`.
+    """
     output = Path(output_dir)
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
     stored = read_json(output / "settings.json") if (output / "settings.json").is_file() else None
-    refuse_other_settings(output, as_one_process(stored), as_one_process({"train": settings}))
+    refuse_other_settings(output, *(training_settings(one, exactly) for one in (stored, {"train": settings})))
     shutil.rmtree(work_dir(output_dir), ignore_errors=True)
     return True
 
 
-def as_one_process(record: object) -> dict | None:
-    """Return a record's training settings without how a step's pairs are divided among processes and passes.
+def training_settings(record: object, exactly: bool) -> dict | None:
+    """Return what a record says of the training, without how a step's pairs are divided unless `exactly`.
 
-    That changes a result by rounding alone: what is finished, or has not begun, may continue on other GPUs.
+    How they are divided among processes and passes changes a result of our trainer by rounding alone. So what is
+    finished, or has not begun, may continue on other GPUs; not where incomplete batches are dropped, nor with TRL.
     """
     stored = record.get("train") if isinstance(record, dict) else None
-    if not isinstance(stored, dict):
-        return None
+    if exactly or not isinstance(stored, dict) or stored.get("dataloader_drop_last"):
+        return stored
     settings = dict(stored)
     parts = ("num_processes", "per_device_train_batch_size", "gradient_accumulation_steps")
     return settings | {"pairs_per_step": math.prod(settings.pop(name, 1) for name in parts)}
 
 
-def open_work(output_dir: str, settings: dict, data_settings: dict, made_from: Callable[[], dict]) -> TextIO:
+def open_work(
+    output_dir: str, settings: dict, data_settings: dict, made_from: Callable[[], dict], exactly: bool = False
+) -> TextIO:
     """Make or reopen the working folder and lock it; return the lock, to be kept until the end.
 
     Args:
@@ -66,6 +73,7 @@ def open_work(output_dir: str, settings: dict, data_settings: dict, made_from: C
         settings: what is compared when a run continues.
         data_settings: those of the data file, kept with the result.
         made_from: computes the provenance, once per run: it reads the models.
+        exactly: as for `is_done`; where there is a checkpoint it is always so.
     """
     folder = work_dir(output_dir)
     record = folder / "settings.json"
@@ -80,12 +88,11 @@ def open_work(output_dir: str, settings: dict, data_settings: dict, made_from: C
         raise UserError(f"{folder}: another process is training here") from None
     except OSError as error:  # a file system without locks
         raise UserError(f"{folder}: cannot be locked ({error.strerror})") from None
-    stored = read_json(record) if record.exists() else None
-    if stored is not None and newest_checkpoint(folder):
-        refuse_other_settings(folder, stored.get("train"), settings)
-    elif stored is not None:
-        refuse_other_settings(folder, as_one_process(stored), as_one_process({"train": settings}))
-        write_json(record, stored | {"train": settings})
+    if record.exists():
+        stored, now = read_json(record), {"train": settings}
+        exactly |= newest_checkpoint(folder) is not None
+        refuse_other_settings(folder, *(training_settings(one, exactly) for one in (stored, now)))
+        write_json(record, stored | now)
     else:
         provenance = {"train": made_from()}
         write_json(record, {"train": settings, "data": data_settings, "provenance": provenance})

@@ -71,11 +71,11 @@ def main(arguments: list[str] | None = None) -> None:
     data = read_data(options)
     output_dir = training.output_dir
     settings = settings_of(options, training, sha256(options.train_file), more=trl_shaping())
-    if on_main(checkpoints.is_done, output_dir, settings):
+    if on_main(checkpoints.is_done, output_dir, settings, True):
         say(f"{output_dir}: already done")
         return
     encoder = make_encoder(options, training, data)
-    work = output_dir, settings, data.settings, lambda: made_from(options, training, ("trl",))
+    work = output_dir, settings, data.settings, lambda: made_from(options, training, ("trl",)), True
     lock = checkpoints.lock_work(*work)
     rows = make_rows(options, training, data, encoder)
     prepare_training(options, training, checkpoints.work_dir(output_dir))

@@ -180,9 +180,15 @@ def slices(args: argparse.Namespace) -> list[tuple[int, int | None, str]]:
 
 
 def compare_prompts(output: str, prompts: Iterator[Prompt]) -> None:
-    """Raise `UserError` if a finished file was made from other prompts than these."""
-    stored = (text_digest(instance["prompt"]) for instance in RecordStream(output))
-    check_same_prompts(output, zip(prompts, stored, strict=False))
+    """Raise `UserError` if a finished file was made from other prompts than these, or lacks fields that they have."""
+
+    def digests() -> Iterator[tuple[Prompt, str]]:
+        for prompt, instance in zip(prompts, RecordStream(output), strict=False):
+            if prompt.fields and "fields" not in instance:
+                raise UserError(f"{output}: exists, made without --keep_fields; move it away or name another output")
+            yield prompt, text_digest(instance["prompt"])
+
+    check_same_prompts(output, digests())
 
 
 class Slice(NamedTuple):
@@ -206,7 +212,7 @@ def slices_to_do(
         own_settings = {**settings, "start": start, "end": end}
         read = functools.partial(read_prompts, args, tokenizer, longest, start, end)
         if is_done(output, "generate", own_settings):
-            read(functools.partial(compare_prompts, output))
+            read(functools.partial(compare_prompts, output), args.keep_fields)
             print(f"generate: {output} is already complete")
         else:
             prompts = read(functools.partial(PromptFile, output), args.keep_fields)

@@ -132,19 +132,19 @@ def read_prompts(
         args.dataset_name_or_path,
         tokenizer,
         template_of(args),
-        longest,
-        args.max_prompt_characters,
-        start,
-        end,
-        args.dataset_split,
-        args.dataset_key,
-        keep,
-        keep_fields,
+        max_tokens=longest,
+        max_characters=args.max_prompt_characters,
+        start=start,
+        end=end,
+        split=args.dataset_split,
+        key=args.dataset_key,
+        keep=keep,
+        keep_fields=keep_fields,
     )
     if notes.left_out:
         print(f"{notes.left_out} prompts left out as too long")
     if notes.fields:
-        print(f"not kept of the data set, since JSON has no such values: {', '.join(notes.fields)}")
+        print(f"not kept where JSON has no such values, of the data set's fields: {', '.join(notes.fields)}")
     if notes.control_text:
         where, token = notes.control_text[0]
         print(

@@ -172,6 +172,7 @@ def train(args, tokenizer, pairs: list[dict], folder: Path):
         report_to="none",
         remove_unused_columns=False,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # a plain process uses one GPU, not DataParallel on all
     trainer = BradleyTerryTrainer(model, arguments, pair_tokens(tokenizer, pairs))
     trainer.train()
     return trainer
@@ -226,12 +227,12 @@ def report(metrics: dict) -> str:
     """One line on how good the model is."""
     if not metrics["eval_pairs"]:
         return f"{metrics['train_pairs']} training pairs, none held out"
-    matched = metrics.get("eval_accuracy_length_matched")
+    matched, dtype = metrics.get("eval_accuracy_length_matched"), metrics.get("dtype")
     beside = "" if matched is None else f"{matched:.3f} with lengths matched; "
     return (
         f"pair accuracy {metrics['eval_accuracy']:.3f} on {metrics['eval_pairs']} pairs of held-out prompts "
         f"({beside}choosing the shorter answer gets {metrics['shorter_is_chosen']:.3f} and 0.5; "
-        f"loss {metrics['eval_loss']:.3f})"
+        f"loss {metrics['eval_loss']:.3f}{f'; trained in {dtype}' if dtype else ''})"
     )
 
 

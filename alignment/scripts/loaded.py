@@ -4,8 +4,8 @@
 
 On a CPU a start of Python with torch, transformers and vLLM takes 4 to 10 seconds, and its end a second or two more,
 for every command of a run. A fork is otherwise a process like any other: arguments, environment, output, signals,
-exit code. quickstart.sh starts one; a driver uses it where the variable LOADED_PYTHON names its socket. All belong to
-one process group, to which a terminal's Ctrl-C goes.
+exit code. quickstart.sh and, on a CPU, sample_ablation.sh start one (loaded.sh); a driver uses it where the variable
+LOADED_PYTHON names its socket. All belong to one process group, to which a terminal's Ctrl-C goes.
 
 Reads   from each connection to SOCKET the script's standard input, output and error (open files; their byte is no
         matter), then a line of JSON: {"command": [script, argument, ...], "environment": {...}, "folder": ...}.

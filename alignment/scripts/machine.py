@@ -11,7 +11,8 @@ from common.cli import UserError
 
 PROJECT = Path(__file__).resolve().parents[2]
 ENVIRONMENTS = ("vllm", "rlhflow", "rewardflow")
-SEES_GPUS = "import sys, torch; sys.exit(not torch.version.cuda or torch.cuda.device_count() < {})"
+SEES_GPUS = """import sys, torch
+sys.exit(not (torch.version.cuda and torch.cuda.is_available() and torch.cuda.device_count() >= {}))"""
 
 
 def _nvidia_smi(*options: str) -> list[str]:
@@ -83,13 +84,13 @@ def check_environments(used_gpus: int, trains_on_cpus: bool) -> None:
     """Raise `UserError` for an environment that is missing, or whose torch sees fewer GPUs than are to be used.
 
     Args:
-        trains_on_cpus: `used_gpus` counts processes, as configs/cpu.yaml has it.
+        trains_on_cpus: where no GPU is listed, `used_gpus` counts processes (configs/cpu.yaml).
     """
     found = {name: python_of(name, on_cpu=used_gpus == 0) for name in ENVIRONMENTS}
     for name, python in found.items():
         if python is None:
             raise UserError(f"no environment for {name}: run 'bash setup.sh gpu' (or cpu) in {PROJECT} first")
-    if used_gpus == 0 or trains_on_cpus:
+    if used_gpus == 0 or (trains_on_cpus and listed_gpus() == 0):
         return
     pythons = list(dict.fromkeys(found.values()))
     with ThreadPoolExecutor() as pool:

@@ -190,17 +190,17 @@ def say_what_fits(s: Settings, shape: Shape, room: float) -> str:
     ways = {
         "USE_LORA=1 ACCELERATE_CONFIG=single": lora,
         "USE_LORA=1 QLORA=1 ACCELERATE_CONFIG=single": lora | {"QLORA": True},
-        f"ACCELERATE_CONFIG=zero3_offload with {gb(16 * shape.parameters)} of host memory": {
-            "USE_LORA": False,
-            "ACCELERATE_CONFIG": "zero3_offload",
-        },
     }
+    ways = {} if s.NUM_MACHINES > 1 else ways  # one process
+    host = f"ACCELERATE_CONFIG=zero3_offload with {gb(16 * shape.parameters)} of host memory"
+    ways[host] = {"USE_LORA": False, "ACCELERATE_CONFIG": "zero3_offload"}
     needs = {way: training_need(s, shape, **values) for way, values in ways.items()}
     found = [f"{way} ({gb(need)})" for way, need in needs.items() if need <= room]
-    config = "zero3" if s.ACCELERATE_CONFIG == "single" else s.ACCELERATE_CONFIG
-    many = {"NUM_MACHINES": 1, "ACCELERATE_CONFIG": config}
-    counts = (n for n in range(1, 1025) if training_need(s, shape, GPUS=n, **many) <= room)
-    return "; ".join([*found, f"ACCELERATE_CONFIG={config} on {next(counts, 'more than 1024')} GPUs"])
+    many = {"NUM_MACHINES": 1, "ACCELERATE_CONFIG": "zero3", "QLORA": False}
+    equal_shares = (n for n in range(1, s.GLOBAL_BATCH + 1) if s.GLOBAL_BATCH % n == 0)
+    counts = (n for n in equal_shares if training_need(s, shape, GPUS=n, **many) <= room)
+    count = next(counts, f"more than {s.GLOBAL_BATCH}, the pairs of a step,")
+    return "; ".join([*found, f"{'QLORA=0 ' * s.QLORA}ACCELERATE_CONFIG=zero3 on {count} GPUs"])
 
 
 def gb(size: float) -> str:

@@ -1,9 +1,9 @@
 """Reads and checks the settings of a run, before anything is started; called by common.sh.
 
 Reads   arguments NAME=value, the recipe that they name, and what the machine has.
-Writes  to standard output, one per line, what a driver needs: all settings as JSON, then RUN_DIR, the lock's file,
-        the Python of all stages where they run on a CPU, ITERS, SEEDS and SAMPLERS. A wrong setting is one line on
-        standard error and exit code 2.
+Writes  to standard output, one per line, what a driver needs: all settings as JSON, RUN_DIR, the files of the lock
+        and of the stages' seconds, the Python of all stages where they run on a CPU, ITERS, SEEDS and SAMPLERS. A
+        wrong setting is one line on standard error and exit code 2.
 
     python alignment/scripts/resolve.py DRIVER SAMPLERS="online mixp" ITERS=2
     python alignment/scripts/resolve.py DRIVER --help
@@ -143,15 +143,27 @@ def check_names(s: Settings) -> None:
             raise UserError(f"{name} {getattr(s, name)!r}: there are {', '.join(sorted(table))}")
 
 
-def check_files(s: Settings) -> None:
-    """Raise `UserError` for a path that is not there, but for the quickstart's assets, before a stage has run."""
-    if s.REWARD_FUNCTION:
-        FunctionRewards(s.REWARD_FUNCTION)
-    for name in ("BASE_MODEL", "REWARD_MODEL", "JUDGE_MODEL", "ITER1_MODEL"):
-        value = getattr(s, name) or ""
-        is_path = value.startswith(("/", "./", "../", "~")) and not value.startswith(f"{s.ASSETS}/")
-        if is_path and not Path(value).exists():
-            raise UserError(f"{name} {value}: no such folder")
+def check_files(s: Settings, driver: str) -> None:
+    """Raise `UserError`, before a stage has run, for a path that is not there and that the driver would read here.
+
+    Not of the quickstart's assets, which may be made after this.
+    """
+    paths = {"BASE_MODEL": [s.BASE_MODEL]}
+    if s.MACHINE_RANK == 0:  # it makes the data
+        models = [word.partition("=")[2] for word in s.MODELS]
+        paths |= {"PROMPTS": s.PROMPTS, "ITER1_MODEL": [s.ITER1_MODEL], "MODELS": models}
+    if s.MACHINE_RANK == 0 and (driver != "sample_kl.sh" or s.SCORE_KL):
+        paths |= {"REWARD_MODEL": [] if s.REWARD_FUNCTION else [s.REWARD_MODEL], "JUDGE_MODEL": [s.JUDGE_MODEL]}
+        try:
+            if s.REWARD_FUNCTION:
+                FunctionRewards(s.REWARD_FUNCTION)
+        except UserError as error:
+            raise UserError(f"REWARD_FUNCTION: {error}") from None
+    for name, values in paths.items():
+        for value in filter(None, values):
+            is_path = value.startswith(("/", "./", "../", "~")) and not value.startswith(f"{s.ASSETS}/")
+            if is_path and not Path(value).exists():
+                raise UserError(f"{name} {value}: there is no such path")
 
 
 def check_values(s: Settings) -> None:
@@ -195,15 +207,15 @@ def check(s: Settings, driver: str) -> None:
     check_names(s)
     check_values(s)
     if not s.DRY_RUN:
-        check_files(s)
+        check_files(s, driver)
     if s.MODELS and driver.startswith("sample_train"):
         raise UserError(
             f"MODELS {show(s.MODELS)}: they are evaluated, not trained: sample_kl.sh, sample_eval_safe_rlhf.sh"
         )
     if not s.MACHINE_RANK < s.NUM_MACHINES:
         raise UserError(f"MACHINE_RANK {s.MACHINE_RANK}: with NUM_MACHINES {s.NUM_MACHINES} it is below that")
-    if s.NUM_MACHINES > 1 and s.ACCELERATE_CONFIG == "single":
-        raise UserError(f"ACCELERATE_CONFIG single is one process: NUM_MACHINES is {s.NUM_MACHINES}")
+    if s.NUM_MACHINES > 1 and (s.GPUS == 0 or s.ACCELERATE_CONFIG == "single"):
+        raise UserError(f"NUM_MACHINES {s.NUM_MACHINES}: GPUS=0 and ACCELERATE_CONFIG=single are one process")
     if s.NUM_MACHINES > 1 and not driver.startswith("sample_train"):
         raise UserError(f"{driver} runs on one machine: NUM_MACHINES is {s.NUM_MACHINES}")
     if driver.startswith("sample_train"):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from commands import ALIGNMENT, FORKS, alone
 from driver_runs import SLOW, TRAIN, inputs, journal_rows, save_inputs, start, wait_until
@@ -116,16 +117,20 @@ def test_it_samples_the_same(tmp_path):
     assert (tmp_path / "own.json").read_bytes() == (tmp_path / "forked.json").read_bytes()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_quickstart_is_stopped_with_all_that_it_started(assets, tmp_path, number):
+@pytest.mark.parametrize(
+    ("script", "number"), [("../quickstart.sh", signal.SIGTERM), ("sample_ablation.sh", signal.SIGINT)]
+)
+def test_what_starts_one_is_stopped_with_all_that_it_started(assets, tmp_path, script, number):
     """A signal to the group, as from a terminal: one line, nothing is left running, what was sampled is kept."""
     save_inputs(tmp_path)
     given = inputs(tmp_path) | SLOW | {"RUN_DIR": tmp_path / "run", "ASSETS": assets}
     del given["RECIPE"]
-    process = start("../quickstart.sh", given, tmp_path / "log")
+    process = start(script, given, tmp_path / "log")
     name = "gen_data_iter1_online.json.journal"
     came = wait_until(lambda: len(journal_rows(tmp_path).get(name, ())) >= 2, process)
     assert came, (tmp_path / "log").read_text()
+    group = [one.info["cmdline"] for one in psutil.process_iter(["cmdline"]) if os.getpgid(one.pid) == process.pid]
+    assert sum(any(word.endswith("loaded.py") for word in words or []) for words in group) >= 2  # and its fork
     os.killpg(process.pid, number)
     assert process.wait(timeout=60) in (130, -number)
     end = time.monotonic() + 30

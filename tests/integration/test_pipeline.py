@@ -124,17 +124,26 @@ def test_a_reward_function_sees_the_data_sets_own_fields(place, given, tmp_path)
     )
     (tmp_path / "rules.py").write_text(
         "def score(prompt, responses, fields):\n"
-        "    assert 'day' not in fields and fields['raw_prompt'] == prompt\n"
+        "    assert not {'day', 'messages', 'fields'} & set(fields) and fields['raw_prompt'] == prompt\n"
         "    return [fields['answer'] + i / 8 for i in range(len(responses))]\n"
     )
     own = {"PROMPTS": tmp_path / "sums.parquet", "REWARD_FUNCTION": f"{tmp_path}/rules.py:score"}
     own |= {"ITERS": 1, "RUN_DIR": tmp_path / "run", "BACKEND": "hf"}
     result = bash(f"alignment/{TRAIN}", *settings(**given | own), LOADED_PYTHON=FORKS.started())
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "not kept of the data set, since JSON has no such values: day" in result.stdout
+    assert "JSON has no such values, of the data set's fields: day\n" in result.stdout
     scored = read_records(tmp_path / "run/data/data_with_rewards_iter1_online.json", ("rewards",))[0]
     assert [i["rewards"] for i in scored] == [[2 * n, 2 * n + 1 / 8] for n in range(8)]
     assert (tmp_path / "run/models/rlhflow_iter1/model.safetensors").exists()
+    # Responses that were made for a reward model do not have them.
+    (tmp_path / "run/data/data_with_rewards_iter1_online.json").unlink()
+    file = tmp_path / "run/data/gen_data_iter1_online.json"
+    data = json.loads(file.read_text())
+    for instance in data["instances"]:
+        del instance["fields"]
+    file.write_text(json.dumps(data))
+    result = bash(f"alignment/{TRAIN}", *settings(**given | own), LOADED_PYTHON=FORKS.started())
+    assert result.returncode == 2 and "made without --keep_fields" in result.stderr
 
 
 def test_other_settings_are_named_and_refused(run, given):

@@ -2,6 +2,8 @@
 
 import json
 import re
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,9 +11,10 @@ from commands import ALIGNMENT, PROJECT, bash, run, settings
 from plans import fake_nvidia_smi, flag, in_turn, plan, refused, values
 
 from bandit.mixtures import get_mixture
+from common.cli import UserError
 from evaluation import get_kl
 from scripts import machine, stages
-from scripts.resolve import resolve
+from scripts.resolve import check_files, resolve
 from scripts.settings import Settings, show
 
 SAMPLERS = ("offline", "online", "gshf", "mixp")
@@ -378,6 +381,7 @@ def test_a_gpu_that_torch_cannot_use_is_refused(tmp_path):
         ({"samplers": "mixp"}, "SAMPLERS"),
         ({"RECIPE": "published"}, "MODELS"),
         ({"ACCELERATE_CONFIG": "single", "NUM_MACHINES": 2}, "NUM_MACHINES"),
+        ({"GPUS": 0, "NUM_MACHINES": 2}, "NUM_MACHINES"),
     ],
 )
 def test_wrong_settings(given, named):
@@ -404,12 +408,32 @@ def test_the_kl_stays_within_the_test_prompts():
         ({"JUDGE_MODEL": "../no/model"}, "JUDGE_MODEL ../no/model"),
         ({"BASE_MODEL": "./model"}, "BASE_MODEL ./model"),
         ({"ITER1_MODEL": "/no/model"}, "ITER1_MODEL /no/model"),
+        ({"PROMPTS": "/no/prompts"}, "PROMPTS /no/prompts"),
         ({"GPUS": 1}, "GPUS=1"),
     ],
 )
 def test_what_is_not_there_is_missed_before_anything_runs(given, named, tmp_path):
     line = refused(TRAIN, RECIPE="quickstart", RUN_DIR=tmp_path / "run", **{"BASE_MODEL": PROJECT, **given})
     assert named in line and not (tmp_path / "run").exists()
+
+
+def test_what_a_driver_or_a_machine_does_not_read_may_be_missing():
+    given = {"RECIPE": "quickstart", "BASE_MODEL": PROJECT, "PROMPTS": "owner/prompts ./README.md", "GPUS": 0}
+    missing = {"REWARD_FUNCTION": "no/file.py:score", "JUDGE_MODEL": "/no/model"}
+    s = resolve(settings(**given | missing | {"SCORE_KL": False}))
+    check_files(s, "sample_kl.sh")
+    check_files(replace(s, MACHINE_RANK=1, NUM_MACHINES=2), TRAIN)
+    with pytest.raises(UserError, match="REWARD_FUNCTION: no/file.py"):
+        check_files(s, "sample_eval_safe_rlhf.sh")
+    check_files(resolve(settings(RECIPE="safe_rlhf", DRY_RUN=1)), TRAIN)  # hub names
+
+
+@pytest.mark.parametrize(("words", "starts_one"), [(["GPUS=0"], True), (["DRY_RUN=1"], False)])
+def test_a_driver_knows_which_python_runs_all_its_stages(words, starts_one, tmp_path):
+    words = ["RECIPE=ablation", f"RUN_DIR={tmp_path}", f"BASE_MODEL={PROJECT}", *words]
+    result = run([sys.executable, ALIGNMENT / "scripts/resolve.py", "sample_ablation.sh", *words])
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[4] == (str(machine.python_of("cpu")) if starts_one else "")
 
 
 def test_a_recipe_extends_a_file_beside_it(tmp_path):

@@ -1,6 +1,7 @@
 """What the drivers refuse before anything is generated, against sums done by hand."""
 
 import json
+import re
 
 import pytest
 from plans import fake_nvidia_smi, flag, plan, refused
@@ -96,6 +97,17 @@ def test_recipes_of_one_gpu_fit_on_it(recipe, mebibytes, driver, tmp_path):
         if stage.startswith("train"):
             assert flag(words, "--use_lora") == "True" and words[1].endswith("run_dpo.py")
         assert "--num_engines" not in words
+
+
+def test_what_is_said_to_fit_is_not_refused(tmp_path):
+    """70B: 4-bit weights cannot be sharded, GPUs have equal shares of 32 pairs, and not one of two machines."""
+    card = fake_nvidia_smi(tmp_path, 8, MIB_80)
+    given = {"RECIPE": "one_gpu_24gb", "BASE_MODEL": "meta-llama/Llama-2-70b-hf", "LORA_R": 64, "DRY_RUN": 1}
+    line = refused(TRAIN, card, ACCELERATE_CONFIG="zero2", QLORA=0, **given)
+    assert "USE_LORA=1 QLORA=1 ACCELERATE_CONFIG=single" in line
+    assert int(re.search(r"; ACCELERATE_CONFIG=zero3 on (\d+) GPUs", line)[1]) in (2, 4, 8)
+    line = refused(TRAIN, card, NUM_MACHINES=2, QLORA=0, USE_LORA=0, ACCELERATE_CONFIG="zero3", **given)
+    assert "single" not in line and re.search(r"zero3 on (16|32) GPUs", line)
 
 
 def test_on_a_machine_of_eight_they_still_train_one_process_with_the_same_batch(tmp_path):
