@@ -3,8 +3,8 @@
 Reads   the quickstart's prompts (alignment/assets), repeated as often as needed. Writes nothing that stays; prints a
         Markdown table.
 
-The models are small enough for 100,000 prompts, and keep so much of a token that few prompts fill vLLM's cache
-(1 GiB): a page of it is in memory only when it was written.
+The models are small enough for 100,000 prompts. They keep several layers of each token, since a page of vLLM's cache
+(1 GiB) is in memory only when it was written: what fills it late looks like growth.
 
     python benchmarks/memory.py
     python benchmarks/memory.py --prompts 1000 10000 --max_new_tokens 16
