@@ -7,6 +7,7 @@
 source "$(dirname "$0")/scripts/common.sh" RECIPE=ablation "$@"
 HERE=$(dirname "$0")
 SHARED=$RUN_DIR/shared
+# On a CPU all stages are forks of one Python, which has the libraries loaded.
 [[ -z $CPU_PYTHON || -v LOADED_PYTHON ]] || source "$HERE/scripts/loaded.sh"
 
 # Where ITER1_MODEL is given, it is what all start from, and nothing is trained here.

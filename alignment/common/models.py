@@ -19,6 +19,11 @@ from common.adapters import whole_model
 from common.cli import UserError, first_line
 
 
+def is_path(name: str) -> bool:
+    """Return whether a name can be no hub's."""
+    return name.startswith(("/", ".", "~"))
+
+
 def check_model(name: str, what: str) -> None:
     """Raise `UserError` if `name` looks like a local folder and is not a model that can be loaded safely.
 
@@ -27,7 +32,7 @@ def check_model(name: str, what: str) -> None:
     path = Path(name)
     if not path.is_dir():
         # "owner/name" may be a hub's; anything else can only be a path.
-        if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
+        if is_path(name) or name.count("/") != 1:
             raise UserError(f"{what} {name}: no such folder")
         return
     if not (path / "config.json").is_file():

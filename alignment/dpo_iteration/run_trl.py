@@ -71,11 +71,12 @@ def main(arguments: list[str] | None = None) -> None:
     data = read_data(options)
     output_dir = training.output_dir
     settings = settings_of(options, training, sha256(options.train_file), more=trl_shaping())
-    if on_main(checkpoints.is_done, output_dir, settings, True):
+    exactly = True  # some of TRL's losses depend on how a step is divided
+    if on_main(checkpoints.is_done, output_dir, settings, exactly):
         say(f"{output_dir}: already done")
         return
     encoder = make_encoder(options, training, data)
-    work = output_dir, settings, data.settings, lambda: made_from(options, training, ("trl",)), True
+    work = output_dir, settings, data.settings, lambda: made_from(options, training, ("trl",)), exactly
     lock = checkpoints.lock_work(*work)
     rows = make_rows(options, training, data, encoder)
     prepare_training(options, training, checkpoints.work_dir(output_dir))

@@ -94,8 +94,8 @@ def check_environments(used_gpus: int, trains_on_cpus: bool) -> None:
         return
     pythons = list(dict.fromkeys(found.values()))
     with ThreadPoolExecutor() as pool:
-        code = SEES_GPUS.format(used_gpus)
-        codes = list(pool.map(lambda python: subprocess.run([python, "-c", code]).returncode, pythons))
+        question = SEES_GPUS.format(used_gpus)
+        codes = list(pool.map(lambda python: subprocess.run([python, "-c", question]).returncode, pythons))
     for python, code in zip(pythons, codes, strict=True):
         if code:
             raise UserError(

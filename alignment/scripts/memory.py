@@ -168,8 +168,7 @@ def lora_parameters(shape: Shape, rank: int) -> int:
 def training_need(s: Settings, shape: Shape, **changed) -> float:
     """Return the bytes per GPU of training with these settings, some of them `changed`."""
     s = replace(s, **changed)
-    whole = not s.ACCELERATE_CONFIG.startswith(("zero3", "fsdp"))
-    shards = 1 if whole else s.processes
+    shards = s.processes if s.ACCELERATE_CONFIG.startswith(("zero3", "fsdp")) else 1  # of the weights
     # Without checkpointing a layer keeps about six tensors of its input's size.
     kept = shape.layers if s.GRADIENT_CHECKPOINTING else 6 * shape.layers
     need = OVERHEAD + activation_bytes(shape, s.PER_DEVICE_BATCH * 2 * s.MAX_LENGTH, kept)
@@ -180,18 +179,18 @@ def training_need(s: Settings, shape: Shape, **changed) -> float:
     if s.USE_LORA:
         adapters = lora_parameters(shape, s.LORA_R or 16)
         return need + model_file_bytes(shape, FOUR_BIT if s.QLORA else BF16) / shards + training_bytes(adapters, 1)
-    states = s.processes if s.ACCELERATE_CONFIG == "zero2" else shards
-    return need + training_bytes(shape.parameters, states, whole) + GRADIENT * min(REDUCE_BUCKET, shape.parameters)
+    whole = s.ACCELERATE_CONFIG == "zero2"
+    states = training_bytes(shape.parameters, s.processes if whole else shards, whole)
+    return need + states + GRADIENT * min(REDUCE_BUCKET, shape.parameters)
 
 
 def say_what_fits(s: Settings, shape: Shape, room: float) -> str:
     """Return the settings with which training would fit, and what they need."""
     lora = {"USE_LORA": True, "QLORA": False, "ACCELERATE_CONFIG": "single"}
-    ways = {
-        "USE_LORA=1 ACCELERATE_CONFIG=single": lora,
-        "USE_LORA=1 QLORA=1 ACCELERATE_CONFIG=single": lora | {"QLORA": True},
-    }
-    ways = {} if s.NUM_MACHINES > 1 else ways  # one process
+    ways = {}
+    if s.NUM_MACHINES == 1:
+        ways["USE_LORA=1 ACCELERATE_CONFIG=single"] = lora
+        ways["USE_LORA=1 QLORA=1 ACCELERATE_CONFIG=single"] = lora | {"QLORA": True}
     host = f"ACCELERATE_CONFIG=zero3_offload with {gb(16 * shape.parameters)} of host memory"
     ways[host] = {"USE_LORA": False, "ACCELERATE_CONFIG": "zero3_offload"}
     needs = {way: training_need(s, shape, **values) for way, values in ways.items()}

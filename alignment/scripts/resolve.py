@@ -25,6 +25,7 @@ sys.path[:0] = [str(PROJECT), str(ALIGNMENT)]
 from annotate_data.reward_function import FunctionRewards
 from bandit.mixtures import get_mixture
 from common.cli import UserError, fail
+from common.models import is_path
 from generation.sampling import check_count, check_temperature, sampler_from_json
 from scripts import machine, memory, stages
 from scripts.settings import GROUPS, KNOWN, Settings, is_name, show
@@ -161,8 +162,7 @@ def check_files(s: Settings, driver: str) -> None:
             raise UserError(f"REWARD_FUNCTION: {error}") from None
     for name, values in paths.items():
         for value in filter(None, values):
-            is_path = value.startswith(("/", "./", "../", "~")) and not value.startswith(f"{s.ASSETS}/")
-            if is_path and not Path(value).exists():
+            if is_path(value) and not Path(value).exists() and not value.startswith(f"{s.ASSETS}/"):
                 raise UserError(f"{name} {value}: there is no such path")
 
 

@@ -129,8 +129,8 @@ def test_what_starts_one_is_stopped_with_all_that_it_started(assets, tmp_path, s
     name = "gen_data_iter1_online.json.journal"
     came = wait_until(lambda: len(journal_rows(tmp_path).get(name, ())) >= 2, process)
     assert came, (tmp_path / "log").read_text()
-    group = [one.info["cmdline"] for one in psutil.process_iter(["cmdline"]) if os.getpgid(one.pid) == process.pid]
-    assert sum(any(word.endswith("loaded.py") for word in words or []) for words in group) >= 2  # and its fork
+    started = [one.cmdline() for one in psutil.Process(process.pid).children(recursive=True)]
+    assert sum(any(word.endswith("loaded.py") for word in words) for words in started) >= 2  # and its fork
     os.killpg(process.pid, number)
     assert process.wait(timeout=60) in (130, -number)
     end = time.monotonic() + 30
