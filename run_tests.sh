@@ -7,6 +7,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 bash setup.sh cpu
 export PATH=$PWD/.venv/bin:$PATH
+export PYTHONFAULTHANDLER=1  # a process that crashes says where
 
 lint() {
     ruff check .

@@ -24,6 +24,15 @@ def is_path(name: str) -> bool:
     return name.startswith(("/", ".", "~"))
 
 
+def lacks_chat_template(folder: Path) -> bool:
+    """Return whether a folder has a tokenizer's settings and no chat template; nothing is loaded."""
+    try:
+        stored = json.loads((folder / "tokenizer_config.json").read_text()).get("chat_template")
+    except (OSError, ValueError, AttributeError):  # a hub's name, or what loading it will complain about
+        return False
+    return not stored and not any(folder.glob("*chat_template*"))
+
+
 def check_model(name: str, what: str) -> None:
     """Raise `UserError` if `name` looks like a local folder and is not a model that can be loaded safely.
 

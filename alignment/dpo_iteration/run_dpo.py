@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import UserError, run
 
 import datasets  # isort: skip (after common.cli, which turns telemetry off)
+from accelerate import PartialState
 from transformers import Trainer, TrainingArguments
 
 from common.provenance import data_inputs, model_inputs, provenance
@@ -117,11 +118,12 @@ def made_from(options: DataOptions, training: TrainingArguments, libraries: tupl
 
 
 def guarded(main: Callable[[], None]) -> None:
-    """Run `main`; of several processes only the first prints its error."""
+    """Run `main`; of several processes only the first prints its error, and all leave their group before they end."""
     try:
         main()
     except UserError as error:
         quit_with(str(error))
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":

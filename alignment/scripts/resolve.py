@@ -25,7 +25,7 @@ sys.path[:0] = [str(PROJECT), str(ALIGNMENT)]
 from annotate_data.reward_function import FunctionRewards
 from bandit.mixtures import get_mixture
 from common.cli import UserError, fail
-from common.models import is_path
+from common.models import is_path, lacks_chat_template
 from generation.sampling import check_count, check_temperature, sampler_from_json
 from scripts import machine, memory, stages
 from scripts.settings import GROUPS, KNOWN, Settings, is_name, show
@@ -145,10 +145,12 @@ def check_names(s: Settings) -> None:
 
 
 def check_files(s: Settings, driver: str) -> None:
-    """Raise `UserError`, before a stage has run, for a path that is not there and that the driver would read here.
+    """Raise `UserError`, before a stage has run, for a path that the driver would read here and that is not there.
 
-    Not of the quickstart's assets, which may be made after this.
+    Also for a local model without the chat template that it is asked for. Not of the quickstart's assets, which may
+    be made after this.
     """
+    templates = {"BASE_MODEL": "TEMPLATE", "REWARD_MODEL": "REWARD_TEMPLATE", "JUDGE_MODEL": "JUDGE_TEMPLATE"}
     paths = {"BASE_MODEL": [s.BASE_MODEL]}
     if s.MACHINE_RANK == 0:  # it makes the data
         models = [word.partition("=")[2] for word in s.MODELS]
@@ -164,6 +166,9 @@ def check_files(s: Settings, driver: str) -> None:
         for value in filter(None, values):
             if is_path(value) and not Path(value).exists() and not value.startswith(f"{s.ASSETS}/"):
                 raise UserError(f"{name} {value}: there is no such path")
+            template = templates.get(name)
+            if template and getattr(s, template) == "chat" and lacks_chat_template(Path(value)):
+                raise UserError(f"{name} {value}: its tokenizer has no chat template, but {template} is chat")
 
 
 def check_values(s: Settings) -> None:

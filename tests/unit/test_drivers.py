@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from commands import ALIGNMENT, PROJECT, bash, run, settings
 from plans import fake_nvidia_smi, flag, in_turn, plan, refused, values
+from tiny import save_tiny_reward_model
 
 from bandit.mixtures import get_mixture
 from common.cli import UserError
@@ -426,6 +427,26 @@ def test_what_a_driver_or_a_machine_does_not_read_may_be_missing():
     with pytest.raises(UserError, match="REWARD_FUNCTION: no/file.py"):
         check_files(s, "sample_eval_safe_rlhf.sh")
     check_files(resolve(settings(RECIPE="safe_rlhf", DRY_RUN=1)), TRAIN)  # hub names
+
+
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "chat_template.jinja"])
+def test_a_chat_needs_a_chat_template(where, tmp_path):
+    """Found before the responses are made that the reward model could not read."""
+    model = save_tiny_reward_model(tmp_path / "model", 0)
+    given = {"RECIPE": "quickstart", "BASE_MODEL": PROJECT, "PROMPTS": PROJECT, "GPUS": 0, "REWARD_MODEL": model}
+    s = resolve(settings(**given, REWARD_TEMPLATE="chat"))
+    check_files(s, TRAIN)
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    template = config.pop("chat_template", None) or (model / "chat_template.jinja").read_text()
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    check_files(resolve(settings(**given, REWARD_TEMPLATE="none")), TRAIN)
+    with pytest.raises(UserError, match=f"REWARD_MODEL {model}: .*REWARD_TEMPLATE is chat"):
+        check_files(s, TRAIN)
+    (model / where).write_text(
+        json.dumps(config | {"chat_template": template}) if where.endswith("json") else template
+    )
+    check_files(s, TRAIN)
 
 
 @pytest.mark.parametrize(("words", "starts_one"), [(["GPUS=0"], True), (["DRY_RUN=1"], False)])
