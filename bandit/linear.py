@@ -8,6 +8,7 @@ centred, this is the tabular case itself.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -39,6 +40,13 @@ class Problem:
         instances, prompts, num_actions, d = self.features.shape
         flat = self.features.reshape(instances, prompts * num_actions, d)
         return np.vecmat(increments.reshape(instances, -1), flat) / prompts
+
+    @cached_property
+    def closest(self) -> np.ndarray:
+        """The implicit rewards nearest to the rewards (themselves where realizable), as `implicit_rewards`."""
+        instances, _, _, d = self.features.shape
+        flat, rewards = self.features.reshape(instances, -1, d), self.bandit.rewards.reshape(instances, -1)
+        return self.implicit_rewards(np.stack([np.linalg.lstsq(a, b)[0] for a, b in zip(flat, rewards, strict=True)]))
 
 
 @dataclass(frozen=True)
@@ -107,15 +115,6 @@ def hessian(problem: Problem, sampler: Sampler, u: np.ndarray) -> np.ndarray:
     return problem.features.reshape(rows).swapaxes(1, 2) @ moved.reshape(rows) / prompts
 
 
-def closest(problem: Problem) -> np.ndarray:
-    """The implicit rewards nearest to the rewards (themselves where they are realizable), as `implicit_rewards`."""
-    instances, prompts, num_actions, d = problem.features.shape
-    flat = problem.features.reshape(instances, -1, d)
-    rewards = problem.bandit.rewards.reshape(instances, -1)
-    v = np.stack([np.linalg.lstsq(a, b)[0] for a, b in zip(flat, rewards, strict=True)])
-    return problem.implicit_rewards(v)
-
-
 def limit_and_condition(problem: Problem, sampler: Sampler) -> tuple[np.ndarray, np.ndarray]:
     """The stability limit and the condition number, [instances].
 
@@ -123,7 +122,7 @@ def limit_and_condition(problem: Problem, sampler: Sampler) -> tuple[np.ndarray,
     error of the best constant step falls by (condition - 1) / (condition + 1) an update there.
     """
     start = np.linalg.eigvalsh(hessian(problem, sampler, np.zeros_like(problem.bandit.rewards)))
-    end = np.linalg.eigvalsh(hessian(problem, sampler, closest(problem)))
+    end = np.linalg.eigvalsh(hessian(problem, sampler, problem.closest))
     return 2 / np.maximum(start[:, -1], end[:, -1]), end[:, -1] / np.maximum(end[:, 0], 1e-300)
 
 

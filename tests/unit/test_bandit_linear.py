@@ -89,7 +89,7 @@ def test_problems_are_what_their_variant_says(variant):
     np.testing.assert_allclose(problem.bandit.rewards.sum(axis=1), 0, atol=1e-12)
     lengths = np.arange(1, 11) ** -kind.decay
     np.testing.assert_allclose(flat.swapaxes(1, 2) @ flat, np.stack([np.diag(lengths**2)] * 2), atol=1e-12)
-    residual = rewards - linear.closest(problem).reshape(2, 180)
+    residual = rewards - problem.closest.reshape(2, 180)
     np.testing.assert_allclose(np.vecmat(residual, flat), 0, atol=1e-10)
     np.testing.assert_allclose(residual.var(axis=1), kind.outside, atol=1e-9)
     np.testing.assert_allclose(rewards.var(axis=1), 1, rtol=1e-9)
