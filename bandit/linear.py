@@ -31,22 +31,27 @@ class Problem:
     bandit: Bandit
     features: np.ndarray
 
+    @property
+    def flat(self) -> np.ndarray:
+        """The features of a prompt after those of another, [instances, prompts * |Y|, d]."""
+        return self.features.reshape(len(self.features), -1, self.features.shape[3])
+
     def implicit_rewards(self, v: np.ndarray) -> np.ndarray:
-        """u [instances * prompts, |Y|] of v = beta theta [instances, d]."""
-        return np.matvec(self.features, v[:, None, :]).reshape(self.bandit.rewards.shape)
+        """u [instances * runs * prompts, |Y|] of v = beta theta [instances, runs, d]; [instances, d] is one run's."""
+        v = v.reshape(len(v), -1, v.shape[-1])
+        return (v @ self.flat.swapaxes(1, 2)).reshape(-1, self.bandit.num_actions)
 
     def pull_back(self, increments: np.ndarray) -> np.ndarray:
-        """Mean over prompts of Phi_x^T increments, [instances, d], from [instances * prompts, |Y|]."""
-        instances, prompts, num_actions, d = self.features.shape
-        flat = self.features.reshape(instances, prompts * num_actions, d)
-        return np.vecmat(increments.reshape(instances, -1), flat) / prompts
+        """Mean over prompts of Phi_x^T increments, [instances, runs, d], from [instances * runs * prompts, |Y|]."""
+        instances, prompts, num_actions, _ = self.features.shape
+        return increments.reshape(instances, -1, prompts * num_actions) @ self.flat / prompts
 
     @cached_property
     def closest(self) -> np.ndarray:
         """The implicit rewards nearest to the rewards (themselves where realizable), as `implicit_rewards`."""
-        instances, _, _, d = self.features.shape
-        flat, rewards = self.features.reshape(instances, -1, d), self.bandit.rewards.reshape(instances, -1)
-        return self.implicit_rewards(np.stack([np.linalg.lstsq(a, b)[0] for a, b in zip(flat, rewards, strict=True)]))
+        rewards = self.bandit.rewards.reshape(len(self.features), -1)
+        fits = [np.linalg.lstsq(phi, r)[0] for phi, r in zip(self.flat, rewards, strict=True)]
+        return self.implicit_rewards(np.stack(fits))
 
 
 @dataclass(frozen=True)
@@ -111,8 +116,7 @@ def hessian(problem: Problem, sampler: Sampler, u: np.ndarray) -> np.ndarray:
     weights, _ = sampler.weights(u, problem.bandit)
     blocks = laplacian(weights, u) * (2 * problem.bandit.beta**2 / weights.sum(axis=(1, 2)))[:, None, None]
     moved = blocks.reshape(instances, prompts, num_actions, num_actions) @ problem.features
-    rows = (instances, prompts * num_actions, d)
-    return problem.features.reshape(rows).swapaxes(1, 2) @ moved.reshape(rows) / prompts
+    return problem.flat.swapaxes(1, 2) @ moved.reshape(problem.flat.shape) / prompts
 
 
 def limit_and_condition(problem: Problem, sampler: Sampler) -> tuple[np.ndarray, np.ndarray]:
@@ -127,22 +131,24 @@ def limit_and_condition(problem: Problem, sampler: Sampler) -> tuple[np.ndarray,
 
 
 def run(problem: Problem, sampler: Sampler, lr: np.ndarray, num_iter: int) -> dict[str, np.ndarray]:
-    """Iterates from the reference; lr [instances].
+    """Iterates from the reference; lr [instances], or [instances, runs] for several runs side by side.
 
     Returns:
-        `value_diff` and `param_diff`, means over prompts of the tabular series, [instances, num_iter]; column t is
+        `value_diff` and `param_diff`, means over prompts of the tabular series, [*lr.shape, num_iter]; column t is
         the state after t updates.
     """
     instances, prompts, *_, d = problem.features.shape
-    updates = exact.Updates(problem.bandit, sampler, np.repeat(lr, prompts)[:, None])
-    v = np.zeros((instances, d))
-    series = {name: np.empty((instances, num_iter)) for name in ("value_diff", "param_diff")}
+    lr_of_runs = lr.reshape(instances, -1)
+    runs = lr_of_runs.shape[1]
+    rows = np.arange(instances * prompts).reshape(instances, 1, prompts).repeat(runs, axis=1)
+    updates = exact.Updates(problem.bandit.rows(rows.ravel()), sampler, np.repeat(lr_of_runs, prompts)[:, None])
+    v = np.zeros((instances, runs, d))
+    series = {name: np.empty((*lr.shape, num_iter)) for name in ("value_diff", "param_diff")}
     for t in range(num_iter):
         metrics = updates.advance(problem.implicit_rewards(v), 1)[:, :, 0]
         for name, values in series.items():
-            by_prompt = metrics[exact.METRICS.index(name)].reshape(instances, prompts)
-            values[:, t] = by_prompt.mean(axis=1)
-        v = v + problem.pull_back(updates.last)
+            values[..., t] = metrics[exact.METRICS.index(name)].reshape(*lr.shape, prompts).mean(axis=-1)
+        v += problem.pull_back(updates.last)
     return series
 
 
@@ -155,15 +161,18 @@ def updates_needed(gaps: np.ndarray) -> np.ndarray:
 def tuned_scale(problem: Problem, sampler: Sampler, num_iter: int) -> float:
     """The multiple of the stability limit that reaches 1e-3 of the gap first, or else ends with the smallest gap.
 
-    What counts is the worst instance: the median would choose steps that some instances do not survive.
+    What counts is the worst instance: the median would choose steps that some instances do not survive. Of multiples
+    whose last gaps differ by rounding alone, the one with the smallest mean gap over the series.
     """
     limit, _ = limit_and_condition(problem, sampler)
+    gaps = run(problem, sampler, limit[:, None] * EXACT_SCALES, num_iter)["value_diff"]
 
-    def rank(scale: float) -> tuple[float, float]:
-        gaps = run(problem, sampler, scale * limit, num_iter)["value_diff"]
-        return float(updates_needed(gaps).max()), float(np.nan_to_num(gaps[:, -1], nan=np.inf).max())
+    def rank(k: int) -> tuple[float, ...]:
+        of_scale = np.nan_to_num(gaps[:, k], nan=np.inf)
+        ends = (f"{worst:.9g}" for worst in (of_scale[:, -1].max(), of_scale.mean(axis=1).max()))
+        return float(updates_needed(of_scale).max()), *map(float, ends)
 
-    return min(EXACT_SCALES, key=rank)
+    return EXACT_SCALES[min(range(len(EXACT_SCALES)), key=rank)]
 
 
 def evaluate(
