@@ -343,21 +343,69 @@ def move(u, before, counts, steps):
 
 
 @compiled
+def part_of(position, per_width, parts):
+    """In which of so many equal parts a position lies; in the first one if it is no number."""
+    return max(min(int(position * per_width), parts - 1), 0)
+
+
+@compiled
 def look_up(cells, uniforms, counts):
-    """Count draws from every row of cells [rows, cells]: the cells into whose share uniforms [rows, draws] fall."""
+    """Count draws from every row of cells [rows, cells]: the cells into whose share uniforms [rows, draws] fall.
+
+    The range is cut into as many equal parts as there are cells. A table says in which cell the search begins for a
+    position in a part, so that a draw looks at two cells on average.
+    """
     rows, num_cells = cells.shape
-    cumulative = np.empty(num_cells)
+    cumulative, begin = np.empty(num_cells), np.empty(num_cells + 1, np.int64)
     for row in range(rows):
         total = 0.0
         for cell in range(num_cells):
             total += cells[row, cell]
             cumulative[cell] = total
             counts[row, cell] = 0
+        per_width = num_cells / total
+        begin[:] = 0
+        for cell in range(num_cells):  # a cell that ends in an earlier part holds no position of this one
+            begin[part_of(cumulative[cell], per_width, num_cells) + 1] += 1
+        for part in range(num_cells):
+            begin[part + 1] += begin[part]
         for draw in range(uniforms.shape[1]):
             position = uniforms[row, draw] * total
-            first, left = 0, num_cells
-            while left > 1:  # bisection without branches: the cell is among cells[first : first + left]
-                half = left // 2
-                first += half if cumulative[first + half - 1] <= position else 0
-                left -= half
-            counts[row, first] += 1
+            cell = begin[part_of(position, per_width, num_cells)]
+            while cell < num_cells - 1 and cumulative[cell] <= position:
+                cell += 1
+            counts[row, cell] += 1
+
+
+@compiled
+def power(base, exponent):
+    """max(base, 0)^exponent, exponent a whole number above 0."""
+    square, result = max(base, 0.0), 1.0
+    while exponent:
+        if exponent % 2:
+            result *= square
+        square *= square
+        exponent //= 2
+    return result
+
+
+@compiled
+def fill_best_and_worst(pi, scores, draws, out):
+    """Fill out [envs, |Y|, |Y|]: see samplers.extremes."""
+    envs, num_actions = pi.shape
+    below, up_to, share = np.empty(num_actions), np.empty(num_actions), np.empty(num_actions)
+    for env in range(envs):
+        for i in range(num_actions):
+            under, level = 0.0, 0.0
+            for j in range(num_actions):
+                if scores[env, j] < scores[env, i]:
+                    under += pi[env, j]
+                elif scores[env, j] == scores[env, i]:
+                    level += pi[env, j]
+            below[i], up_to[i], share[i] = under, under + level, pi[env, i] / level if level > 0 else 0.0
+        for i in range(num_actions):
+            for j in range(num_actions):
+                levels = power(up_to[i] - below[j], draws) - power(up_to[i] - up_to[j], draws)
+                levels += power(below[i] - up_to[j], draws) - power(below[i] - below[j], draws)
+                # Cancellation can leave -1e-17 of a probability that is 0.
+                out[env, i, j] = max(levels, 0.0) * share[i] * share[j]

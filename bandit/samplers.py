@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bandit import kernel
 from bandit.mixtures import MIXTURES, POLICY, Mixture, WeightPair, always, get_mixture
 from bandit.problem import Bandit, logsumexp
 
@@ -161,20 +162,9 @@ def extremes(pi: np.ndarray, scores: np.ndarray, draws: int) -> np.ndarray:
     which y' or y itself does not occur leaves four such powers. Equal scores are ordered at random: best and worst
     are then shared among the arms of one score in proportion to pi.
     """
-    below = np.matvec((scores[:, None, :] < scores[:, :, None]).astype(pi.dtype), pi)
-    up_to = np.matvec((scores[:, None, :] <= scores[:, :, None]).astype(pi.dtype), pi)
-    level = np.matvec((scores[:, None, :] == scores[:, :, None]).astype(pi.dtype), pi)
-    share = np.divide(pi, level, out=np.zeros_like(pi), where=level > 0)
-
-    def within(high: np.ndarray, low: np.ndarray) -> np.ndarray:
-        mass, power, left = np.maximum(high[:, :, None] - low[:, None, :], 0), 1.0, draws
-        while left:  # by squaring: numpy's power takes ten times as long
-            power, mass, left = (power * mass if left % 2 else power), mass * mass, left // 2
-        return power
-
-    levels = within(up_to, below) - within(up_to, up_to) - within(below, below) + within(below, up_to)
-    # Cancellation can leave -1e-17 of a probability that is 0.
-    return np.maximum(levels, 0) * share[:, :, None] * share[:, None, :]
+    joint = np.empty((*pi.shape, pi.shape[1]), pi.dtype)
+    kernel.fill_best_and_worst(pi, scores, draws, joint)
+    return joint
 
 
 def best_and_worst(mixture: Mixture) -> Callable[[np.ndarray, Bandit], Dense]:

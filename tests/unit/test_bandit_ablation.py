@@ -8,7 +8,7 @@ import pytest
 from bandit_cases import exact_step, run_script
 from scipy import stats
 
-from bandit import ablation, sampled, tuned
+from bandit import ablation, kernel, sampled, tuned
 from bandit.problem import draw_rewards, gaps, make_bandit
 from bandit.samplers import SAMPLERS, get_sampler
 from bandit.simulate import simulate
@@ -47,6 +47,30 @@ def test_joint_draws_follow_each_rows_cells(num_samples):
         possible = expected > 0
         assert row[~possible].sum() == 0
         assert stats.chisquare(row[possible], (expected * row.sum())[possible]).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("num_cells", [1, 4, 400])
+def test_a_draw_falls_into_the_cell_of_its_uniform(num_cells):
+    """numpy's search in the cumulative sums; shares that differ by many powers of ten, some 0, also at the ends."""
+    rng = np.random.default_rng(13)
+    cells = np.exp(rng.normal(size=(6, num_cells)) * [[0], [1], [5], [30], [100], [1]])
+    cells[5, ::3] = 0
+    cells[5, num_cells // 2] = 1
+    uniforms = np.sort(rng.random((6, 500)), axis=1)
+    uniforms[:, 0], uniforms[:, -1] = 0, 1 - 2**-53
+    counts = np.empty(cells.shape, np.int64)
+    kernel.look_up(cells, uniforms, counts)
+    for row, shares, points in zip(counts, cells, uniforms, strict=True):
+        cumulative = np.cumsum(shares)
+        found = np.searchsorted(cumulative, points * cumulative[-1], side="right")
+        np.testing.assert_array_equal(row, np.bincount(np.minimum(found, num_cells - 1), minlength=num_cells))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
+def test_a_run_that_has_diverged_draws_without_harm(value):
+    cells, counts = np.full((2, 9), value), np.full((2, 9), -1)
+    kernel.look_up(cells, np.random.default_rng(14).random((2, 50)), counts)
+    assert (counts >= 0).all() and (counts.sum(axis=1) == 50).all()
 
 
 @pytest.mark.parametrize("name", ["DPO-Unif", "mixp", "implicit-best-worst"])
