@@ -63,8 +63,10 @@ def own_streams(name: str, num_envs: int, num_samples: int, seed: int) -> Draw:
     streams = [sampling_stream(seed, name, env) for env in range(num_envs)]
 
     def draw(cells: np.ndarray, updates: int) -> np.ndarray:
-        drawn = (draw_counts(*each, num_samples, updates) for each in zip(streams, cells, strict=True))
-        return np.stack(list(drawn), axis=1)
+        counts = np.empty((updates, *cells.shape), np.int64)
+        for env, stream in enumerate(streams):
+            counts[:, env] = draw_counts(stream, cells[env], num_samples, updates)
+        return counts
 
     return draw
 
