@@ -112,7 +112,7 @@ def hessian(problem: Problem, sampler: Sampler, u: np.ndarray) -> np.ndarray:
 
     It is the mean over prompts of Phi_x^T (2 beta^2 / Z_x) L_x Phi_x, L_x the Laplacian of steps.laplacian.
     """
-    instances, prompts, num_actions, d = problem.features.shape
+    instances, prompts, num_actions, _ = problem.features.shape
     weights, _ = sampler.weights(u, problem.bandit)
     blocks = laplacian(weights, u) * (2 * problem.bandit.beta**2 / weights.sum(axis=(1, 2)))[:, None, None]
     moved = blocks.reshape(instances, prompts, num_actions, num_actions) @ problem.features
