@@ -1,4 +1,4 @@
-"""The compiled loops: exact updates with their metrics, the law of sampled pairs, one step on drawn pairs.
+"""The compiled loops: exact updates with their metrics, the law of sampled pairs, their draws, a step on them.
 
 The formulas are those of bandit/exact.py, which reads them in numpy; numbers in brackets are the equations of
 docs/bandit.md. Everything compiled stands in this file: numba's cache on disk looks at a function's own file alone.
@@ -345,7 +345,7 @@ def move(u, before, counts, steps):
 @compiled
 def part_of(position, per_width, parts):
     """In which of so many equal parts a position lies; in the first one if it is no number."""
-    return max(min(int(position * per_width), parts - 1), 0)
+    return int(min(max(0.0, position * per_width), parts - 1.0))  # NaN is passed over
 
 
 @compiled
@@ -353,7 +353,7 @@ def look_up(cells, uniforms, counts):
     """Count draws from every row of cells [rows, cells]: the cells into whose share uniforms [rows, draws] fall.
 
     The range is cut into as many equal parts as there are cells. A table says in which cell the search begins for a
-    position in a part, so that a draw looks at two cells on average.
+    position in a part, so that a draw looks at no more than two cells on average.
     """
     rows, num_cells = cells.shape
     cumulative, begin = np.empty(num_cells), np.empty(num_cells + 1, np.int64)

@@ -162,15 +162,15 @@ def tuned_scale(problem: Problem, sampler: Sampler, num_iter: int) -> float:
     """The multiple of the stability limit that reaches 1e-3 of the gap first, or else ends with the smallest gap.
 
     What counts is the worst instance: the median would choose steps that some instances do not survive. Of multiples
-    whose last gaps differ by rounding alone, the one with the smallest mean gap over the series.
+    whose last gaps differ by rounding alone (or are 1e-12 of the first), the one with the smallest mean gap.
     """
     limit, _ = limit_and_condition(problem, sampler)
     gaps = run(problem, sampler, limit[:, None] * EXACT_SCALES, num_iter)["value_diff"]
 
     def rank(k: int) -> tuple[float, ...]:
         of_scale = np.nan_to_num(gaps[:, k], nan=np.inf)
-        ends = (f"{worst:.9g}" for worst in (of_scale[:, -1].max(), of_scale.mean(axis=1).max()))
-        return float(updates_needed(of_scale).max()), *map(float, ends)
+        last, mean = np.maximum(of_scale[:, -1], 1e-12 * of_scale[:, 0]).max(), of_scale.mean(axis=1).max()
+        return float(updates_needed(of_scale).max()), float(f"{last:.9g}"), float(f"{mean:.9g}")
 
     return EXACT_SCALES[min(range(len(EXACT_SCALES)), key=rank)]
 

@@ -64,8 +64,8 @@ def own_streams(name: str, num_envs: int, num_samples: int, seed: int) -> Draw:
 
     def draw(cells: np.ndarray, updates: int) -> np.ndarray:
         counts = np.empty((updates, *cells.shape), np.int64)
-        for env, stream in enumerate(streams):
-            counts[:, env] = draw_counts(stream, cells[env], num_samples, updates)
+        for env, (stream, row) in enumerate(zip(streams, cells, strict=True)):
+            counts[:, env] = draw_counts(stream, row, num_samples, updates)
         return counts
 
     return draw

@@ -4,7 +4,7 @@ DPO's loss is symmetric in the pair, so a distribution that is not (y1 from one 
 by its symmetric part: the same gradient, the same law of (winner, loser). A row gives its law in one of two forms:
 
 - `products`: as data, a constant and a sum of products of arm distributions (`Products`); runs compiled.
-- `law`: as a function of the state, the whole matrix (`Dense`); runs in numpy.
+- `law`: as a function of the state, the whole matrix (`Dense`); the update runs in numpy.
 
 Weights as in Shi, Zhou, Du, "The Crucial Role of Samplers in Online Direct Preference Optimization", ICLR 2025:
 DPO-Unif 1; DPO-Mix-R 2 + e^D + e^-D with D = r_y - r_y'; DPO-Mix-P the same with D = d(y, y') = u_y - u_y';

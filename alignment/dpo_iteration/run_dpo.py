@@ -118,7 +118,7 @@ def made_from(options: DataOptions, training: TrainingArguments, libraries: tupl
 
 
 def guarded(main: Callable[[], None]) -> None:
-    """Run `main`; of several processes only the first prints its error, and all leave their group before they end."""
+    """Run `main`; of several processes only the first prints its error; after a success all leave their group."""
     try:
         main()
     except UserError as error:

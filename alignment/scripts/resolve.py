@@ -147,10 +147,11 @@ def check_names(s: Settings) -> None:
 def check_files(s: Settings, driver: str) -> None:
     """Raise `UserError`, before a stage has run, for a path that the driver would read here and that is not there.
 
-    Also for a local model without the chat template that it is asked for. Not of the quickstart's assets, which may
-    be made after this.
+    Not of the quickstart's assets, which may be made after this. Also for a local model that lacks the chat template
+    through which it is to read.
     """
-    templates = {"BASE_MODEL": "TEMPLATE", "REWARD_MODEL": "REWARD_TEMPLATE", "JUDGE_MODEL": "JUDGE_TEMPLATE"}
+    templates = {"REWARD_MODEL": "REWARD_TEMPLATE", "JUDGE_MODEL": "JUDGE_TEMPLATE"}
+    templates |= dict.fromkeys(("BASE_MODEL", "ITER1_MODEL", "MODELS"), "TEMPLATE")
     paths = {"BASE_MODEL": [s.BASE_MODEL]}
     if s.MACHINE_RANK == 0:  # it makes the data
         models = [word.partition("=")[2] for word in s.MODELS]

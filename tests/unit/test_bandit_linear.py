@@ -119,15 +119,15 @@ def test_updates_needed_and_the_tuned_scale():
     assert needed[best] == min(needed.values()) < max(needed.values())
 
 
-def test_of_steps_that_end_alike_the_fastest_is_chosen():
+def test_of_steps_that_end_alike_the_one_with_the_smallest_mean_gap_is_chosen():
     """Rewards that no parameter expresses: several steps end at the same gap, up to rounding."""
     problem, sampler = problem_of("misspecified", prompts=6, actions=4, d=2), SAMPLERS["online"]
     limit, _ = linear.limit_and_condition(problem, sampler)
     gaps = linear.run(problem, sampler, limit[:, None] * linear.EXACT_SCALES, 400)["value_diff"]
     alike = np.isclose(gaps[:, :, -1], gaps[:, :1, -1], rtol=1e-12, atol=0).all(axis=0)
     assert alike.sum() >= 3
-    fastest = np.where(alike, gaps.mean(axis=2).max(axis=0), np.inf).argmin()
-    assert fastest > 0 and linear.tuned_scale(problem, sampler, 400) == linear.EXACT_SCALES[fastest]
+    best = np.where(alike, gaps.mean(axis=2).max(axis=0), np.inf).argmin()
+    assert best > 0 and linear.tuned_scale(problem, sampler, 400) == linear.EXACT_SCALES[best]
 
 
 TINY = ["--num_prompts", 4, "--num_actions", 3, "--num_envs", 3, "--num_tuning", 2, "--num_iter", 12]

@@ -443,6 +443,10 @@ def test_a_chat_needs_a_chat_template(where, tmp_path):
     check_files(resolve(settings(**given, REWARD_TEMPLATE="none")), TRAIN)
     with pytest.raises(UserError, match=f"REWARD_MODEL {model}: .*REWARD_TEMPLATE is chat"):
         check_files(s, TRAIN)
+    for name in ("BASE_MODEL", "ITER1_MODEL", "MODELS"):
+        chat = {"TEMPLATE": "chat", "REWARD_MODEL": PROJECT, name: f"mine={model}" if name == "MODELS" else model}
+        with pytest.raises(UserError, match=f"{name} {model}: .* TEMPLATE is chat"):
+            check_files(resolve(settings(**given | chat)), "sample_eval_safe_rlhf.sh")
     (model / where).write_text(
         json.dumps(config | {"chat_template": template}) if where.endswith("json") else template
     )
