@@ -57,7 +57,7 @@ def value_gap(bandit: Bandit, u: np.ndarray) -> np.ndarray:
     pi = np.exp(log_pi)
     near = np.minimum(x, 1)
     terms = pi * (np.expm1(near) - near)
-    if not x.max() <= 1:  # e^x may overflow, but pi e^x = pi*
+    if not x.max() <= 1:  # or NaN in some row; e^x may overflow, but pi e^x = pi*
         terms = np.where(x > 1, np.exp(bandit.log_optimum) - pi * (1 + x), terms)
     return bandit.beta * np.maximum(terms, 0).sum(axis=-1)
 

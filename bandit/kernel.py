@@ -1,4 +1,4 @@
-"""The compiled loops: exact updates with their metrics, the law of sampled pairs, their draws, a step on them.
+"""The compiled loops: exact updates with their metrics; sampled pairs: law, draws, step; best and worst of draws.
 
 The formulas are those of bandit/exact.py, which reads them in numpy; numbers in brackets are the equations of
 docs/bandit.md. Everything compiled stands in this file: numba's cache on disk looks at a function's own file alone.

@@ -37,12 +37,7 @@ def stability_limit(sampler: Sampler, bandit: Bandit) -> np.ndarray:
 
 def repeat(bandit: Bandit, times: int) -> Bandit:
     """The environments again and again: [times * envs, |Y|]."""
-    return Bandit(
-        np.tile(bandit.rewards, (times, 1)),
-        np.tile(bandit.log_ref, (times, 1)),
-        bandit.beta,
-        bandit.label_noise,
-    )
+    return bandit.rows(np.tile(np.arange(len(bandit.rewards)), times))
 
 
 def updates_needed(bandit: Bandit, sampler: Sampler, lr: np.ndarray, max_updates: int) -> Outcomes:
